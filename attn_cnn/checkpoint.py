@@ -1,0 +1,104 @@
+"""Checkpoints with orbax: written in the background, whole or not at all, and checked when read.
+
+Each holds the state as a plain tree of arrays and a CRC of every array, since orbax's own format does not notice
+every flipped byte.
+"""
+
+import logging
+import zlib
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from flax import serialization, traverse_util
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from attn_cnn.errors import UserError
+
+log = logging.getLogger("attn_cnn")
+
+
+class Checkpoints:
+    """The checkpoints of one workdir, named by step: the newest `keep` and the best by test accuracy."""
+
+    def __init__(self, directory: epath.Path, keep: int = 1):
+        self.directory = directory
+        newest = preservation_policy.LatestN(keep)
+        best = preservation_policy.BestN(
+            get_metric_fn=_test_accuracy, n=1, keep_checkpoints_without_metrics=False
+        )
+        options = ocp.CheckpointManagerOptions(
+            best_fn=_test_accuracy,  # without it orbax does not write the metrics
+            preservation_policy=preservation_policy.AnyPreservationPolicy([newest, best]),
+        )
+        self._manager = ocp.CheckpointManager(directory, options=options)
+
+    def save(self, step: int, state: Any, metrics: dict[str, float] | None = None) -> None:
+        """Starts to write `state`; the previous write, if it still goes on, is waited for."""
+        tree = serialization.to_state_dict(state)
+        crcs = {name: _crc(array) for name, array in _flat(tree).items()}
+        if jax.process_count() > 1:
+            tree = jax.tree.map(ocp.utils.fully_replicated_host_local_array_to_global_array, tree)
+        items = ocp.args.Composite(state=ocp.args.StandardSave(tree), crcs=ocp.args.JsonSave(crcs))
+        self._manager.save(step, args=items, metrics=metrics)
+
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    def metrics(self, step: int) -> dict[str, float] | None:
+        """What was measured when the checkpoint of `step` was written."""
+        return self._manager.metrics(step)
+
+    def restore(self, state: Any) -> tuple[int, Any] | None:
+        """The newest checkpoint that is whole, as (step, state on the host); None where none was ever finished.
+
+        `state` gives the structure; its arrays may be abstract.
+
+        Raises:
+          UserError: there are checkpoints, but none of them is whole.
+        """
+        target = serialization.to_state_dict(state)
+        target = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), target)
+        damages = []
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                items = self._manager.restore(
+                    step,
+                    args=ocp.args.Composite(
+                        state=ocp.args.StandardRestore(target), crcs=ocp.args.JsonRestore()
+                    ),
+                )
+                crcs = {name: _crc(array) for name, array in _flat(items["state"]).items()}
+                wrong = [name for name in crcs if crcs[name] != items["crcs"].get(name)]
+                if wrong:
+                    raise ValueError(f"{wrong[0]} does not have the content that was saved")
+            except Exception as error:  # orbax raises whatever the damaged file led to
+                damages.append(f"{self.directory / str(step)}: {str(error).splitlines()[0][:200]}")
+                log.warning("Damaged checkpoint, the one before it is tried: %s", damages[-1])
+                continue
+            return step, serialization.from_state_dict(state, items["state"])
+        if damages:
+            raise UserError("no checkpoint can be read:\n  " + "\n  ".join(damages))
+        return None
+
+    def wait(self) -> None:
+        """Returns when everything saved is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+def _test_accuracy(metrics: dict[str, float]) -> float:
+    return metrics["test_accuracy"]
+
+
+def _flat(tree: dict) -> dict[str, Any]:
+    return {"/".join(path): leaf for path, leaf in traverse_util.flatten_dict(tree).items()}
+
+
+def _crc(array: Any) -> int:
+    array = np.ascontiguousarray(array)
+    return zlib.crc32(array.view(np.uint8).reshape(-1), zlib.crc32(repr((array.shape, array.dtype)).encode()))

@@ -1,0 +1,228 @@
+"""Datasets as uint8 arrays on the host, and the order in which training visits them.
+
+CIFAR comes from TensorFlow Datasets, decoded once and kept as arrays beside the data set; the digits ship with
+scikit-learn. The order of examples is a function of (seed, epoch) alone, so that any run can be resumed at any
+step, on any number of devices.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import threading
+import urllib.request
+import uuid
+import zipfile
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from etils import epath
+from jaxtyping import Int, UInt8
+
+from attn_cnn.errors import UserError
+
+log = logging.getLogger("attn_cnn")
+
+REACH_SECONDS = 8
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What is known of a data set before it is loaded; mean and std are of pixels scaled to [0, 1]."""
+
+    image_shape: tuple[int, int, int]
+    classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    train_size: int
+    url: str = ""
+
+
+SPECS = {
+    "cifar10": Spec(
+        (32, 32, 3),
+        10,
+        (0.4914, 0.4822, 0.4465),
+        (0.2023, 0.1994, 0.2010),
+        50_000,
+        "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+    ),
+    "cifar100": Spec(
+        (32, 32, 3),
+        100,
+        (0.5071, 0.4865, 0.4409),
+        (0.2673, 0.2564, 0.2762),
+        50_000,
+        "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
+    ),
+    "digits": Spec((8, 8, 1), 10, (0.3053,), (0.3760,), 1_437),
+}
+
+
+class Dataset(NamedTuple):
+    train_images: UInt8[np.ndarray, "train height width channels"]
+    train_labels: Int[np.ndarray, "train"]
+    test_images: UInt8[np.ndarray, "test height width channels"]
+    test_labels: Int[np.ndarray, "test"]
+
+
+def load(name: str, data_dir: str = "") -> Dataset:
+    """The whole data set. `data_dir` is tfds's directory; empty: `TFDS_DATA_DIR`, or tfds's default.
+
+    Raises:
+      UserError: the data is neither on disk nor reachable, or is damaged.
+    """
+    if name == "digits":
+        return _digits()
+    root = epath.Path(
+        data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    ).expanduser()
+    prepared = _prepared(root, name)
+    if prepared is None:
+        _check_reachable(name, root)
+        prepared = _download(name, root)
+    return _cached(prepared)
+
+
+def epoch_order(seed: int, epoch: int, examples: int) -> Int[np.ndarray, "{examples}"]:
+    """The permutation in which an epoch visits the training set."""
+    return np.random.default_rng((seed, epoch)).permutation(examples).astype(np.int32)
+
+
+def _digits() -> Dataset:
+    """1,797 images of 8x8 in a fixed stratified 80/20 split; 0..16 is scaled to 0..255."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
+    train, test, train_labels, test_labels = train_test_split(
+        images, digits.target.astype(np.int32), test_size=0.2, stratify=digits.target, random_state=0
+    )
+    return Dataset(train, train_labels, test, test_labels)
+
+
+def _prepared(root: epath.Path, name: str) -> epath.Path | None:
+    """The newest version of a data set that tfds has prepared under `root`."""
+    folder = root / name
+    try:
+        versions = [v for v in folder.iterdir() if (v / "dataset_info.json").exists()]
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise UserError(f"cannot read {folder}: {error}") from None
+    return max(versions, key=_version, default=None)
+
+
+def _version(path: epath.Path) -> tuple[int, ...]:
+    parts = path.name.split(".")
+    return tuple(int(p) for p in parts) if all(p.isdigit() for p in parts) else ()
+
+
+def _check_reachable(name: str, root: epath.Path) -> None:
+    """tfds itself retries for minutes without a network, so ask the source first, for a few seconds."""
+    spec, answered = SPECS[name], threading.Event()
+
+    def ask():
+        try:
+            request = urllib.request.Request(spec.url, method="HEAD")
+            with urllib.request.urlopen(request, timeout=REACH_SECONDS):
+                answered.set()
+        except OSError:
+            pass
+
+    # A thread, since resolving the host's name has no time-out of its own.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(REACH_SECONDS)
+    if not answered.is_set():
+        raise UserError(
+            f"{name} was not found: no prepared data set in {root / name}, and {spec.url} does not answer. "
+            "Either connect to the network and run again, or set TFDS_DATA_DIR (or --config.data.dir) to a "
+            f"folder where tfds has prepared {name}, or train on the data that needs no download: append "
+            "':digits' to the config, as in --config=configs/quadratic.py:digits."
+        )
+
+
+def _tfds():
+    """TensorFlow Datasets, with TensorFlow quiet and off the accelerators."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    import tensorflow as tf
+
+    tf.config.set_visible_devices([], "GPU")
+    import tensorflow_datasets as tfds
+
+    return tfds
+
+
+def _download(name: str, root: epath.Path) -> epath.Path:
+    log.info("Downloading %s to %s", name, root)
+    builder = _tfds().builder(name, data_dir=os.fspath(root), try_gcs=False)
+    builder.download_and_prepare()
+    return epath.Path(builder.data_dir)
+
+
+def _cached(prepared: epath.Path) -> Dataset:
+    """The decoded arrays, from the first cache that holds them; decodes and writes one otherwise."""
+    files = sorted((f.name, f.stat().length) for f in prepared.iterdir())
+    source = hashlib.sha256(json.dumps([os.fspath(prepared), files]).encode()).hexdigest()[:16]
+    home = epath.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "attn_cnn"
+    file_name = f"{prepared.parent.name}-{prepared.name}-{source}.npz"
+    places = [prepared.parent / file_name, home / file_name]
+    for place in places:
+        if dataset := _read_cache(place):
+            return dataset
+    log.info("Decoding %s; the next start reads the arrays.", prepared)
+    dataset = _decode(prepared)
+    if not any(_write_cache(place, dataset) for place in places):
+        log.warning("Neither %s nor %s can be written: every start decodes anew.", *places)
+    return dataset
+
+
+def _decode(prepared: epath.Path) -> Dataset:
+    tfds = _tfds()
+    builder = tfds.builder_from_directory(os.fspath(prepared))
+    arrays = []
+    for split in ("train", "test"):
+        try:
+            batch = builder.as_dataset(split=split, batch_size=-1)
+        except Exception as error:  # TensorFlow raises its own types, one for each kind of damage
+            raise UserError(
+                f"the data set in {prepared} is damaged: {str(error).splitlines()[0]} Delete the folder and "
+                "prepare it again."
+            ) from None
+        arrays += [batch["image"].numpy(), batch["label"].numpy().astype(np.int32)]
+        if len(arrays[-1]) != builder.info.splits[split].num_examples:
+            raise UserError(
+                f"the data set in {prepared} is damaged: {len(arrays[-1]):,} {split} examples instead of "
+                f"{builder.info.splits[split].num_examples:,}. Delete the folder and prepare it again."
+            )
+    return Dataset(*arrays)
+
+
+def _read_cache(place: epath.Path) -> Dataset | None:
+    if not place.exists():
+        return None
+    try:
+        with place.open("rb") as file, np.load(file) as arrays:
+            return Dataset(**arrays)
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        log.warning("The cache %s is damaged (%s): decoding again.", place, error)
+        return None
+
+
+def _write_cache(place: epath.Path, dataset: Dataset) -> bool:
+    temporary = place.with_name(f"{place.name}.{uuid.uuid4().hex}")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            np.savez(file, **dataset._asdict())
+        temporary.replace(place)
+    except OSError:
+        try:
+            temporary.unlink(missing_ok=True)
+        except OSError:
+            pass
+        return False
+    return True

@@ -1,0 +1,57 @@
+"""The paper's optimizers and learning rates (its appendix): SGD or Adam, cosine with warm-up or steps."""
+
+import jax
+import ml_collections
+import optax
+
+from attn_cnn.errors import UserError
+
+STEP_FACTOR = 0.1
+
+
+def create_schedule(
+    optimizer: ml_collections.ConfigDict, steps_per_epoch: int, epochs: int
+) -> optax.Schedule:
+    """Learning rate of a step, counted from 0.
+
+    cosine: linear from 0 over the first `warmup` of all steps, then cosine to 0.
+    step: a tenth after each of `decay_epochs`.
+
+    Raises:
+      UserError: a decay epoch lies beyond the run.
+    """
+    total, rate = steps_per_epoch * epochs, optimizer.learning_rate
+    if optimizer.schedule == "cosine":
+        warmup = round(optimizer.warmup * total)
+        return optax.warmup_cosine_decay_schedule(0.0 if warmup else rate, rate, warmup, total)
+    if optimizer.decay_epochs and optimizer.decay_epochs[-1] >= epochs:
+        raise UserError(
+            f"config.optimizer.decay_epochs is {optimizer.decay_epochs}, but the run ends after "
+            f"{epochs} epochs (config.epochs)."
+        )
+    boundaries = {epoch * steps_per_epoch: STEP_FACTOR for epoch in optimizer.decay_epochs}
+    return optax.piecewise_constant_schedule(rate, boundaries)
+
+
+def create_optimizer(
+    optimizer: ml_collections.ConfigDict, schedule: optax.ScalarOrSchedule
+) -> optax.GradientTransformation:
+    """SGD with momentum or Adam; weight decay is plain L2, added to the gradient before either.
+
+    It spares centers and spreads: pulling a head's position to the query pixel is no regularisation.
+    """
+    moments = (
+        optax.trace(optimizer.momentum) if optimizer.name == "sgd" else optax.scale_by_adam()
+    )
+    return optax.chain(
+        optax.add_decayed_weights(optimizer.weight_decay, mask=decayed),
+        moments,
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+def decayed(params: dict) -> dict:
+    """True for every parameter under weight decay."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: path[-1].key not in ("centers", "spreads"), params
+    )

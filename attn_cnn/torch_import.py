@@ -1,0 +1,209 @@
+"""Parameters of the paper's PyTorch code into ours.
+
+    python -m attn_cnn.torch_import CHECKPOINT --config=configs/quadratic.py --workdir=runs/imported
+
+CHECKPOINT is what the code saves, {"epoch", "test_accuracy", "model_state_dict"}, or an .npz of the state dict. The
+workdir then evaluates, and resumes from that epoch with a fresh optimizer.
+
+PyTorch's Linear weights are (out, in), heads first on the axis that holds them; convolutions are (out, in, H, W).
+"""
+
+import functools
+import os
+import zipfile
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from absl import flags
+from etils import epath
+from flax import traverse_util
+
+from attn_cnn import cli, report
+from attn_cnn.errors import UserError
+
+IGNORED = (".relative_indices", ".num_batches_tracked")  # buffers that hold no parameters
+
+_ATTENTION_LAYER = {
+    "attention_output": "attention.output.dense",
+    "attention_norm": "attention.output.LayerNorm",
+    "mlp_in": "intermediate.dense",
+    "mlp_out": "output.dense",
+    "mlp_norm": "output.LayerNorm",
+}
+_TOP = {"patch_embedding": "features_upscale", "classifier": "classifier"}
+_LEAF = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+
+
+def import_state_dict(state_dict: Mapping[str, Any], model: ml_collections.ConfigDict) -> dict:
+    """The parameters in `state_dict` (PyTorch's names to arrays) as those of `create_model(model)`.
+
+    Raises:
+      UserError: a name is missing or left over, or a shape differs; all of them are named.
+    """
+    return import_variables(state_dict, model)["params"]
+
+
+def import_variables(state_dict: Mapping[str, Any], model: ml_collections.ConfigDict) -> dict:
+    """Like `import_state_dict`, with the ResNet's batch statistics: {"params", "batch_stats"}."""
+    wanted = traverse_util.flatten_dict(report.abstract_variables(model))
+    problems, used, variables = [], set(), {}
+    for path, leaf in wanted.items():
+        names = _torch_names(path[1:], model)
+        used.update(names)
+        if missing := [name for name in names if name not in state_dict]:
+            problems += [f"missing: {name}" for name in missing]
+            continue
+        arrays = [_numeric(name, state_dict[name], problems) for name in names]
+        bias = wanted.get((*path[:-1], "bias"))
+        shape = _torch_shape(path[-1], leaf.shape, bias.ndim if bias is not None else 1)
+        wrong = [(n, a) for n, a in zip(names, arrays, strict=True) if a.shape != shape]
+        problems += [f"{n} has shape {a.shape} instead of {shape}" for n, a in wrong]
+        if any(not np.array_equal(arrays[0], array) for array in arrays[1:]):
+            problems.append(
+                f"{names[0]} differs from layer to layer, though config.model.share_tables is True (the original "
+                "code shares with its last layer only: import with share_tables False)"
+            )
+        if not wrong:
+            variables[path] = _ours(path[-1], arrays[0], leaf.shape)
+    left_over = [n for n in state_dict if n not in used and not n.endswith(IGNORED)]
+    problems += [f"left over: {name}" for name in left_over]
+    if problems:
+        raise UserError("the state dict does not fit the config:\n  " + "\n  ".join(problems))
+    return {"batch_stats": {}} | traverse_util.unflatten_dict(variables)
+
+
+def _numeric(name: str, array: Any, problems: list[str]) -> np.ndarray:
+    array = np.asarray(array)
+    if array.dtype.kind not in "fiu":
+        problems.append(f"{name} holds {array.dtype}, not numbers")
+        return array
+    return array.astype(np.float32)
+
+
+def _torch_names(path: tuple[str, ...], model: ml_collections.ConfigDict) -> list[str]:
+    """Where PyTorch keeps the parameter at `path`; several names where it keeps one of ours in every layer."""
+    if model.name == "resnet18":
+        return [_torch_resnet_name(path)]
+    module, *_, leaf = path
+    if module in _TOP:
+        return [f"{_TOP[module]}.{_LEAF[leaf]}"]
+    if module.endswith("_embeddings"):
+        return [_torch_attention_name(i, path, model) for i in range(model.layers)]
+    layer = int(module.removeprefix("layer_"))
+    if path[1] == "attention":
+        return [_torch_attention_name(layer, path[2:], model)]
+    return [f"encoder.layer.{layer}.{_ATTENTION_LAYER[path[1]]}.{_LEAF[leaf]}"]
+
+
+def _torch_attention_name(layer: int, path: tuple[str, ...], model: ml_collections.ConfigDict) -> str:
+    prefix, name = f"encoder.layer.{layer}.attention.self.", path[0]
+    if name in ("centers", "spreads"):
+        return f"{prefix}attention_{name}"
+    if name in ("query", "key", "value"):
+        return f"{prefix}{name}.{_LEAF[path[1]]}"
+    axis, kind = name.split("_", 1)
+    # In the original's position-only scores its row table acts on columns, and its column table on rows.
+    swapped = model.encoding in ("learned", "learned_content_position")
+    theirs = {"row": "col", "column": "row"} if swapped else {"row": "row", "column": "col"}
+    kind = {"embeddings": "{}_embeddings", "head_keys": "head_keys_{}"}[kind]
+    return f"{prefix}{kind.format(theirs[axis])}.weight"
+
+
+def _torch_resnet_name(path: tuple[str, ...]) -> str:
+    *modules, leaf = path
+    names = {"classifier": "linear", "shortcut": "shortcut.0", "shortcut_norm": "shortcut.1"}
+    words = []
+    for module in modules:
+        if module.startswith("stage"):
+            stage, block = module.removeprefix("stage").split("_block")
+            words += [f"layer{int(stage) + 1}", block]
+        else:
+            words.append(names.get(module, module.replace("norm", "bn")))
+    return ".".join([*words, _LEAF[leaf]])
+
+
+def _torch_shape(leaf: str, shape: tuple[int, ...], feature_axes: int) -> tuple[int, ...]:
+    if leaf != "kernel":
+        return shape if leaf != "bias" else (int(np.prod(shape)),)
+    if len(shape) == 4:
+        height, width, inputs, outputs = shape
+        return (outputs, inputs, height, width)
+    split = len(shape) - feature_axes
+    return (int(np.prod(shape[split:])), int(np.prod(shape[:split])))
+
+
+def _ours(leaf: str, array: np.ndarray, shape: tuple[int, ...]) -> jax.Array:
+    if leaf == "kernel":
+        array = array.transpose(2, 3, 1, 0) if len(shape) == 4 else array.T
+    return jnp.asarray(array.reshape(shape))
+
+
+def read_checkpoint(path: epath.Path) -> tuple[dict[str, np.ndarray], int, float | None]:
+    """The state dict, the number of finished epochs and the test accuracy of a file; no code in it is run.
+
+    Raises:
+      UserError: the file is missing or is no such checkpoint, or PyTorch is needed and absent.
+    """
+    if not path.exists():
+        raise UserError(f"{path} does not exist.")
+    if path.suffix == ".npz":
+        try:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+                return dict(arrays), 0, None
+        except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(f"{path} is no .npz of plain arrays: {error}") from None
+    try:
+        import torch
+    except ImportError:
+        raise UserError(
+            f"reading {path} needs PyTorch: pip install torch, or pass an .npz of the state dict."
+        ) from None
+    try:
+        content = torch.load(os.fspath(path), map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling raises whatever the file led to
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} is no checkpoint that can be loaded safely: {reason}") from None
+    if not isinstance(content, dict) or "model_state_dict" not in content:
+        raise UserError(f'{path} holds no "model_state_dict".')
+    try:
+        state_dict = {name: value.numpy() for name, value in content["model_state_dict"].items()}
+        return state_dict, int(content.get("epoch", -1)) + 1, float(content.get("test_accuracy"))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is no checkpoint of the paper's code: {error}") from None
+
+
+def import_checkpoint(path: epath.Path, config: ml_collections.ConfigDict, workdir: epath.Path) -> int:
+    """Makes `workdir` a run that has just finished the checkpoint's epochs; returns its step."""
+    from attn_cnn import train
+    from attn_cnn.checkpoint import Checkpoints
+
+    run = train.create_run(config)
+    state_dict, epochs, accuracy = read_checkpoint(path)
+    variables = import_variables(state_dict, config.model)
+    if (workdir / "config.json").exists():
+        raise UserError(f"{workdir} holds a run already; set another --workdir.")
+    step = min(epochs, config.epochs) * run.steps_per_epoch
+    state = jax.jit(functools.partial(train.create_state, run))()
+    state = state.replace(step=np.int32(step), **variables)
+    train.claim(workdir, config)
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    checkpoints.save(step, state, None if accuracy is None else {"test_accuracy": accuracy})
+    checkpoints.close()
+    return step
+
+
+def main(argv):
+    if len(argv) != 2:
+        raise UserError("name one checkpoint: python -m attn_cnn.torch_import CHECKPOINT --config=...")
+    step = import_checkpoint(epath.Path(argv[1]), flags.FLAGS.config, epath.Path(flags.FLAGS.workdir))
+    print(f"{flags.FLAGS.workdir} now holds {argv[1]}, at step {step}.")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "The workdir to make.")
+    flags.mark_flag_as_required("workdir")
+    cli.run(main)

@@ -1,0 +1,5 @@
+from configs import common
+
+
+def get_config(scale=""):
+    return common.attention(scale, "quadratic")

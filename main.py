@@ -1,0 +1,26 @@
+"""Trains, evaluates or describes a model: python main.py --config=configs/quadratic.py:digits"""
+
+from absl import flags
+
+from attn_cnn import cli
+from attn_cnn.config import default_workdir
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("workdir", None, "Where the run lives. Default: runs/<config name>[_<scale>].")
+flags.DEFINE_enum("mode", "train", ["train", "evaluate", "describe"], "What to do.")
+
+
+def main(_):
+    from attn_cnn import report, train  # JAX is not needed to find a mistake in the flags
+
+    workdir = FLAGS.workdir or default_workdir(cli.config_name())
+    if FLAGS.mode == "train":
+        train.train(FLAGS.config, workdir)
+    elif FLAGS.mode == "evaluate":
+        train.evaluate(FLAGS.config, workdir)
+    else:
+        print(report.describe(FLAGS.config.model))
+
+
+if __name__ == "__main__":
+    cli.run(main)

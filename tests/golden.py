@@ -1,0 +1,54 @@
+"""Small models that the paper's PyTorch code evaluated in float64: one .npz for each encoding."""
+
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+FOLDER = Path(__file__).parent / "golden"
+ENCODINGS = sorted(path.stem for path in FOLDER.glob("*.npz"))
+TOLERANCE = 1e-5
+
+
+class Golden:
+    def __init__(self, encoding: str):
+        self.arrays = np.load(FOLDER / f"{encoding}.npz")
+        self.settings = json.loads(str(self.arrays["config"]))
+        self.images = jnp.asarray(self.arrays["images"].transpose(0, 2, 3, 1))
+        self.labels = self.arrays["labels"]
+        self.encoding = encoding
+
+    def state_dict(self, prefix: str = "state/") -> dict[str, np.ndarray]:
+        names = [name for name in self.arrays.files if name.startswith(prefix)]
+        return {name.removeprefix(prefix): self.arrays[name] for name in names}
+
+    def model(self, mixing: str = "auto", **changes) -> ml_collections.ConfigDict:
+        settings = self.settings
+        fields = {
+            "name": "attention",
+            "encoding": self.encoding,
+            "mixing": mixing,
+            "image_shape": self.images.shape[1:],
+            "classes": settings["num_classes"],
+            "layers": settings["num_hidden_layers"],
+            "heads": settings["num_attention_heads"],
+            "hidden_size": settings["hidden_size"],
+            "mlp_size": settings["intermediate_size"],
+            "patch": settings["pooling_concatenate_size"],
+            "max_side": settings["max_position_embeddings"],
+            "embedding_size": 0,
+            "share_tables": False,
+            "dropout": 0.0,
+            "attention_dropout": 0.0,
+        }
+        return ml_collections.ConfigDict(fields | changes)
+
+
+def assert_close(actual, expected, what="", tolerance=TOLERANCE):
+    """The largest difference is within `tolerance` of the largest value."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    assert actual.shape == expected.shape, f"{what}: {actual.shape} instead of {expected.shape}"
+    error = np.abs(actual - expected).max() / np.abs(expected).max()
+    assert error <= tolerance, f"{what}: relative error {error:.2e}"
