@@ -32,6 +32,8 @@ from attn_cnn.model import create_model
 
 log = logging.getLogger("attn_cnn")
 
+LINE_SECONDS = 10
+
 
 class Sums(flax.struct.PyTreeNode):
     """Sums over steps of what is logged as means; in the state, so that a resumed run logs the same."""
@@ -208,6 +210,7 @@ class Clock:
     def __init__(self, images_per_step: float):
         self._images, self._started = images_per_step, time.perf_counter()
         self._last, self._seconds, self._steps, self._all_steps = None, 0.0, 0, 0
+        self._line = self._started
 
     def tick(self) -> None:
         """A step has ended."""
@@ -225,6 +228,13 @@ class Clock:
         rate = self._images * self._steps / self._seconds if self._steps else float("nan")
         self._seconds, self._steps = 0.0, 0
         return rate
+
+    def line_is_due(self) -> bool:
+        """True at most every LINE_SECONDS: a log is for reading."""
+        now = time.perf_counter()
+        due = now - self._line >= LINE_SECONDS
+        self._line = now if due else self._line
+        return due
 
     def remaining(self, steps: int) -> float:
         """Seconds that `steps` more will take, everything included."""
@@ -294,7 +304,7 @@ def train_loop(run: Run, state: TrainState, checkpoints: Checkpoints, writer: Wr
                 lr, rate = float(run.schedule(step)), clock.rate()
                 window = {f"train/{name}": mean for name, mean in state.window.means().items()}
                 writer.write(done, window | {"lr": lr, "images_per_second_per_device": rate})
-                if not epoch_ends:
+                if not epoch_ends and clock.line_is_due():
                     log.info(
                         "step %d: %s | lr %.3g | %.4g images/s/device",
                         done,

@@ -19,7 +19,7 @@ def _run(scale: str) -> ml_collections.ConfigDict:
     config.epochs = {"": 300, "small": 15, "digits": 60}[scale]
     config.batch_size = 100
     config.eval_batch_size = 100  # on each device
-    config.log_every_steps = 100
+    config.log_every_steps = 10
     config.dtype = "float32"
     config.matmul_precision = "default"
 
@@ -70,7 +70,7 @@ def attention(scale: str, encoding: str) -> ml_collections.ConfigDict:
 def resnet18(scale: str) -> ml_collections.ConfigDict:
     config = _run(scale)
     config.model.name = "resnet18"
-    config.model.width = {"": 64, "small": 16, "digits": 16}[scale]
+    config.model.width = {"": 64, "small": 8, "digits": 16}[scale]
     config.optimizer.schedule = "step"
     config.optimizer.warmup = 0.0
     config.optimizer.decay_epochs = {"": (80, 150, 250), "small": (8, 12), "digits": (30, 50)}[scale]
