@@ -87,7 +87,10 @@ class Checkpoints:
         """Returns when everything saved is on disk."""
         self._manager.wait_until_finished()
 
-    def close(self) -> None:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
         self._manager.close()
 
 

@@ -10,18 +10,22 @@ from etils import epath
 from ml_collections import config_flags
 
 from attn_cnn import config as config_lib
-from attn_cnn.errors import UserError
+from attn_cnn.errors import Stopped, UserError
 
 config_flags.DEFINE_config_file("config", None, "A file of configs/, with a scale after a colon.")
 flags.mark_flag_as_required("config")
 
 
 def run(main: Callable) -> None:
-    """absl's app.run, with a checked config in FLAGS.config; a UserError is printed alone and exits with 1."""
+    """absl's app.run, with a checked config in FLAGS.config; a UserError is printed alone and exits with 1, a run that
+    a signal stopped with 128 + its number."""
     try:
         app.run(main, flags_parser=_parse)
     except UserError as error:
         sys.exit(f"error: {error}")
+    except Stopped as stopped:
+        logging.getLogger("attn_cnn").info("%s", stopped)
+        sys.exit(128 + stopped.signal)
 
 
 def config_name() -> str:

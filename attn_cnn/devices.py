@@ -1,12 +1,12 @@
 """Several devices and several hosts: the one place where a step for one device becomes a step for all.
 
-A step is written for one device with the named axis `AXIS`. Its state, the data and the indices of the global
-batch are the same on every device; `positions` alone differ: they are the device's share of the global batch,
-so nothing depends on how devices are numbered across hosts.
+A step is written for one device with the named axis `AXIS`. Its last argument is the device's `Share`; all others
+are the same on every device. A share says which places of the global batch are the device's, so nothing depends on
+how devices are numbered across hosts.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -16,16 +16,21 @@ from jaxtyping import Array, Int
 from attn_cnn.errors import UserError
 
 AXIS = "devices"
+HEARTBEAT_SECONDS = 60  # after which a host that fell silent ends the run on all others
 
 
-def mapped(step: Callable, sharded_argument: int, arguments: int, donate: tuple = ()) -> Callable:
-    """`step` on all devices at once: one argument is sharded on its leading axis, all else is replicated."""
-    in_axes = [None] * arguments
-    in_axes[sharded_argument] = 0
+class Share(NamedTuple):
+    """What differs from device to device; with a leading axis of local devices outside the step."""
+
+    positions: Int[Array, "*devices share"]
+    stop: Int[Array, "*devices"]  # 1 where the device's process was asked to stop
+
+
+def mapped(step: Callable, arguments: int, donate: tuple[int, ...] = ()) -> Callable:
+    """`step`, a function of `arguments` arguments, on all devices at once."""
+    in_axes = (None,) * (arguments - 1) + (0,)
     # To leave pmap: jax.jit(jax.shard_map(step, mesh=..., in_specs=..., out_specs=P()), donate_argnums=donate)
-    return jax.pmap(
-        step, axis_name=AXIS, in_axes=tuple(in_axes), out_axes=None, donate_argnums=donate
-    )
+    return jax.pmap(step, axis_name=AXIS, in_axes=in_axes, out_axes=None, donate_argnums=donate)
 
 
 def _local_sharding(*spec: str) -> NamedSharding:
@@ -37,16 +42,39 @@ def replicate(tree: Any) -> Any:
     return jax.device_put(tree, _local_sharding())
 
 
-def positions(batch_size: int) -> Int[Array, "local_devices share"]:
-    """Each local device's places in the global batch.
+def share(batch_size: int, stop: bool = False) -> Share:
+    """The shares of this process's devices in a batch of `batch_size` images.
 
     Raises:
       UserError: the devices cannot share the batch evenly.
     """
     check_batch_size(batch_size, jax.device_count())
-    shares = np.arange(batch_size, dtype=np.int32).reshape(jax.device_count(), -1)
-    first = jax.process_index() * jax.local_device_count()
-    return jax.device_put(shares[first : first + jax.local_device_count()], _local_sharding(AXIS))
+    local = jax.local_device_count()
+    places = np.arange(batch_size, dtype=np.int32).reshape(jax.process_count(), local, -1)
+    shares = Share(places[jax.process_index()], np.full(local, stop, np.int32))
+    return jax.device_put(shares, _local_sharding(AXIS))
+
+
+def initialize(coordinator_address: str | None, num_processes: int | None, process_id: int | None):
+    """Joins the other hosts: those named, else those of a cluster that JAX can find, else none.
+
+    Raises:
+      UserError: the flags are incomplete, or the hosts do not find each other.
+    """
+    given = (coordinator_address, num_processes, process_id)
+    alone = all(flag is None for flag in given)
+    if not alone and any(flag is None for flag in given):
+        raise UserError(
+            "several hosts need all of --coordinator_address, --num_processes and --process_id."
+        )
+    try:
+        jax.distributed.initialize(*given, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+    except ValueError as error:
+        if not alone:
+            raise UserError(f"these hosts cannot form a cluster: {error}") from None
+        # JAX knows of no cluster here: one host.
+    except RuntimeError as error:
+        raise UserError(f"the hosts do not find each other: {error}") from None
 
 
 def check_batch_size(batch_size: int, devices: int) -> None:

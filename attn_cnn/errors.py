@@ -1,9 +1,17 @@
-"""The one exception that is addressed to the person at the keyboard."""
+"""The exceptions that are addressed to the person at the keyboard."""
 
 
 class UserError(Exception):
     """Something the user can mend: the message says what is wrong, with the value, and what to do.
 
-    main.py prints the message alone and exits with status 1. It is deliberately no ValueError:
+    The commands print the message alone and exit with status 1. It is deliberately no ValueError:
     ml_collections and absl would wrap one in their own words and a stack.
     """
+
+
+class Stopped(Exception):
+    """A signal ended the run early, with everything saved; the exit status is 128 + `signal`."""
+
+    def __init__(self, message: str, signal: int):
+        super().__init__(message)
+        self.signal = signal

@@ -3,42 +3,62 @@
 import io
 import os
 import struct
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import jax
 from etils import epath
+
+from attn_cnn.errors import UserError
 
 
 class Writer:
-    """Writes scalars to event files in `directory`, after dropping what a former run wrote beyond `step`.
+    """Writes scalars to event files in `directory`; on several hosts process 0 does, the others do nothing.
 
-    clu's writer lives on a thread of its own: importing TensorFlow takes seconds that training need not wait for.
+    First it drops what a former process wrote beyond the checkpoint of `step` (see `trim`). clu's writer lives on a
+    thread of its own: importing TensorFlow takes seconds that training need not wait for.
     """
 
-    def __init__(self, directory: epath.Path, step: int):
+    def __init__(self, directory: epath.Path, step: int, evaluated: bool):
+        self._writing = jax.process_index() == 0
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="metrics")
-        self._writer = self._thread.submit(_open, directory, step)
         self._pending: list[Future] = []
+        self._writer = self._submit(lambda: _open(directory, step, evaluated))
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
-        self._pending.append(
-            self._thread.submit(lambda: self._writer.result().write_scalars(step, scalars))
-        )
+        self._submit(lambda: self._writer.result().write_scalars(step, scalars))
 
     def flush(self) -> None:
-        """Returns when everything written is on disk; raises what went wrong in writing."""
-        for future in self._pending:
-            future.result()
-        self._pending.clear()
-        self._thread.submit(lambda: self._writer.result().flush()).result()
+        """Returns when everything written is on disk.
 
-    def close(self) -> None:
-        self.flush()
-        self._thread.submit(lambda: self._writer.result().close()).result()
+        Raises:
+          UserError: it cannot be written.
+        """
+        self._submit(lambda: self._writer.result().flush())
+        pending, self._pending = self._pending, []
+        try:
+            for future in pending:
+                future.result()
+        except OSError as error:
+            raise UserError(f"the metrics cannot be written: {error}") from None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        if kind is None:
+            self.flush()
         self._thread.shutdown()
 
+    def _submit(self, work: Callable) -> Future | None:
+        if not self._writing:
+            return None
+        self._pending.append(self._thread.submit(work))
+        return self._pending[-1]
 
-def _open(directory: epath.Path, step: int):
-    trim(directory, step)
+
+def _open(directory: epath.Path, step: int, evaluated: bool):
+    trim(directory, step, evaluated)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     import tensorflow as tf
 
@@ -48,8 +68,11 @@ def _open(directory: epath.Path, step: int):
     return metric_writers.SummaryWriter(os.fspath(directory))
 
 
-def trim(directory: epath.Path, step: int) -> None:
-    """Drops every event beyond `step`, and a torn last record, from the event files of `directory`."""
+def trim(directory: epath.Path, step: int, evaluated: bool) -> None:
+    """Drops what the checkpoint of `step` does not know of from the event files of `directory`.
+
+    That is every later event, a torn last record and, unless the checkpoint was `evaluated`, its test metrics.
+    """
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.summary.writer.record_writer import RecordWriter
 
@@ -58,7 +81,8 @@ def trim(directory: epath.Path, step: int) -> None:
         kept = io.BytesIO()
         writer = RecordWriter(kept)
         for event in records:
-            if event.step <= step:
+            tests = any(value.tag.startswith("test/") for value in event.summary.value)
+            if event.step < step or event.step == step and (evaluated or not tests):
                 writer.write(event.SerializeToString())
         temporary = path.with_name("trimmed")
         temporary.write_bytes(kept.getvalue())

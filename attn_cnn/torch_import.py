@@ -180,6 +180,7 @@ def import_checkpoint(path: epath.Path, config: ml_collections.ConfigDict, workd
     """Makes `workdir` a run that has just finished the checkpoint's epochs; returns its step."""
     from attn_cnn import train
     from attn_cnn.checkpoint import Checkpoints
+    from attn_cnn.workdir import claimed
 
     run = train.create_run(config)
     state_dict, epochs, accuracy = read_checkpoint(path)
@@ -189,10 +190,9 @@ def import_checkpoint(path: epath.Path, config: ml_collections.ConfigDict, workd
     step = min(epochs, config.epochs) * run.steps_per_epoch
     state = jax.jit(functools.partial(train.create_state, run))()
     state = state.replace(step=np.int32(step), **variables)
-    train.claim(workdir, config)
-    checkpoints = Checkpoints(workdir / "checkpoints")
-    checkpoints.save(step, state, None if accuracy is None else {"test_accuracy": accuracy})
-    checkpoints.close()
+    metrics = None if accuracy is None else {"test_accuracy": accuracy}
+    with claimed(workdir, config), Checkpoints(workdir / "checkpoints") as checkpoints:
+        checkpoints.save(step, state, metrics)
     return step
 
 

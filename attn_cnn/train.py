@@ -1,7 +1,7 @@
 """Training and evaluation, from config to checkpoints; read from top to bottom.
 
 The data lies on the devices as uint8. A step gathers its batch by index, augments and normalises it, and updates
-the state; nothing but indices goes from host to device, and at most two steps are in flight.
+the state; nothing but the indices goes from host to device, and at most two steps are in flight.
 """
 
 import contextlib
@@ -9,7 +9,8 @@ import functools
 import logging
 import sys
 import time
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple, NoReturn
 
 import flax.linen as nn
 import flax.struct
@@ -26,9 +27,11 @@ from jaxtyping import Array, Float, Int, UInt8
 from attn_cnn import augment, data, devices, optim
 from attn_cnn import config as config_lib
 from attn_cnn.checkpoint import Checkpoints
-from attn_cnn.errors import UserError
+from attn_cnn.errors import Stopped, UserError
+from attn_cnn.interrupt import Interrupt
 from attn_cnn.metrics import Writer
 from attn_cnn.model import create_model
+from attn_cnn.workdir import check_config, claimed
 
 log = logging.getLogger("attn_cnn")
 
@@ -59,6 +62,7 @@ class TrainState(flax.struct.PyTreeNode):
     opt_state: Any
     window: Sums  # since the metrics were last written
     epoch: Sums  # since the epoch began
+    first_bad_step: Int[Array, ""]  # whose loss or gradients were not finite, counted from 1; 0: none
 
 
 class Run(NamedTuple):
@@ -106,6 +110,7 @@ def create_state(run: Run) -> TrainState:
             opt_state=run.optimizer.init(variables["params"]),
             window=zero,
             epoch=zero,
+            first_bad_step=jnp.int32(0),
         )
 
     return init(jax.random.key(run.config.seed))
@@ -116,18 +121,21 @@ def train_step(
     images: UInt8[Array, "examples height width channels"],
     labels: Int[Array, "examples"],
     indices: Int[Array, "global_batch"],
-    positions: Int[Array, "share"],
+    share: devices.Share,
     *,
     run: Run,
-) -> tuple[TrainState, Float[Array, ""]]:
-    """One update from this device's share of the batch, averaged over devices. Returns the state and the loss."""
+) -> tuple[TrainState, Int[Array, ""]]:
+    """One update from this device's share of the batch, averaged over devices.
+
+    Returns the state, and how many devices were asked to stop.
+    """
     config, spec = run.config, run.spec
-    batch = indices[positions]
+    batch = indices[share.positions]
     augment_key, dropout_key = jax.random.split(
         jax.random.fold_in(jax.random.key(config.seed), state.step)
     )
     x = augment.augment(
-        augment_key, images[batch], positions, config.data.crop_padding, config.data.flip
+        augment_key, images[batch], share.positions, config.data.crop_padding, config.data.flip
     )
     x = augment.normalize(x, spec.mean, spec.std)
     dropout_key = jax.random.fold_in(dropout_key, jax.lax.axis_index(devices.AXIS))
@@ -148,6 +156,7 @@ def train_step(
     grads, loss, accuracy = jax.lax.pmean((grads, loss, accuracy), devices.AXIS)
     updates, opt_state = run.optimizer.update(grads, state.opt_state, state.params)
     batch_of_epoch = state.step % run.steps_per_epoch
+    bad = ~jnp.isfinite(loss + optax.global_norm(grads))
     state = state.replace(
         step=state.step + 1,
         params=optax.apply_updates(state.params, updates),
@@ -155,8 +164,11 @@ def train_step(
         opt_state=opt_state,
         window=state.window.add(batch_of_epoch % config.log_every_steps == 0, loss, accuracy),
         epoch=state.epoch.add(batch_of_epoch == 0, loss, accuracy),
+        first_bad_step=jnp.where(
+            (state.first_bad_step == 0) & bad, state.step + 1, state.first_bad_step
+        ),
     )
-    return state, loss
+    return state, jax.lax.psum(share.stop, devices.AXIS)
 
 
 def eval_step(
@@ -164,12 +176,13 @@ def eval_step(
     images: UInt8[Array, "examples height width channels"],
     labels: Int[Array, "examples"],
     start: Int[Array, ""],
-    positions: Int[Array, "share"],
+    share: devices.Share,
     *,
     run: Run,
-) -> tuple[Float[Array, "global_batch"], Float[Array, "global_batch"]]:
-    """Loss and correctness (0 or 1) of each image from `start` on, by place; 0 beyond the last image."""
-    index = start + positions
+) -> tuple[Float[Array, "global_batch"], Float[Array, "global_batch"], Int[Array, ""]]:
+    """Loss and correctness (0 or 1) of each image from `start` on, by place, 0 beyond the last image; and how many
+    devices were asked to stop."""
+    index = start + share.positions
     valid = index < len(labels)
     index = jnp.where(valid, index, 0)
     x = augment.normalize(images[index], run.spec.mean, run.spec.std)
@@ -179,25 +192,57 @@ def eval_step(
     places = jnp.zeros(run.config.eval_batch_size * jax.device_count())
 
     def gather(values):
-        return jax.lax.psum(places.at[positions].set(jnp.where(valid, values, 0)), devices.AXIS)
+        mine = places.at[share.positions].set(jnp.where(valid, values, 0))
+        return jax.lax.psum(mine, devices.AXIS)
 
-    return gather(losses), gather(correct)
+    return gather(losses), gather(correct), jax.lax.psum(share.stop, devices.AXIS)
 
 
-def create_evaluate(run: Run, images: Array, labels: Array):
-    """A function from (params, batch_stats) to {"loss", "accuracy"} over all of `images`, each counted once.
+class Stop:
+    """Whether to stop, agreed upon by all hosts: each puts its own wish into the step, and all read the votes.
+
+    A host reads the votes of the step before, so that the device need not wait for it.
+    """
+
+    def __init__(self, interrupt: Interrupt, batch_size: int):
+        self._interrupt, self._batch_size = interrupt, batch_size
+        self._shares = {False: devices.share(batch_size, False)}
+        self._votes = None
+
+    def share(self) -> devices.Share:
+        """The devices' shares of the next batch, with this host's wish."""
+        wish = bool(self._interrupt.signal)
+        if wish not in self._shares:
+            self._shares[wish] = devices.share(self._batch_size, wish)
+        return self._shares[wish]
+
+    def agreed(self, votes: Int[Array, ""]) -> bool:
+        """True if the hosts stop here; waits for the step before the one that gave `votes`."""
+        former, self._votes = self._votes, votes
+        jax.block_until_ready(former)
+        if jax.process_count() == 1:
+            return bool(self._interrupt.signal)
+        return former is not None and int(former) > 0
+
+
+def create_evaluate(run: Run, images: Array, labels: Array, interrupt: Interrupt):
+    """A function from the state to {"loss", "accuracy"} over all of `images`, each counted once; None if interrupted.
 
     Every device takes `eval_batch_size` images at a time and the sums run on the host in the images' order, so
     the result is the same to the last bit on any number of devices.
     """
     batch = run.config.eval_batch_size * jax.device_count()
-    positions = devices.positions(batch)
-    step = devices.mapped(functools.partial(eval_step, run=run), sharded_argument=4, arguments=5)
+    step = devices.mapped(functools.partial(eval_step, run=run), arguments=5)
     starts = [devices.replicate(np.int32(s)) for s in range(0, len(labels), batch)]
 
-    def evaluate(state: TrainState) -> dict[str, float]:
+    def evaluate(state: TrainState) -> dict[str, float] | None:
         variables = {"params": state.params, "batch_stats": state.batch_stats}
-        results = [step(variables, images, labels, start, positions) for start in starts]
+        stop, results = Stop(interrupt, batch), []
+        for start in starts:
+            *result, votes = step(variables, images, labels, start, stop.share())
+            results.append(result)
+            if stop.agreed(votes):
+                return None
         losses, correct = (np.concatenate(r).astype(np.float64) for r in zip(*results, strict=True))
         return {"loss": losses.sum() / len(labels), "accuracy": correct.sum() / len(labels)}
 
@@ -244,92 +289,147 @@ class Clock:
 def train(config: ml_collections.ConfigDict, workdir: str | epath.Path) -> TrainState:
     """Trains to the end, from the newest checkpoint in `workdir` if there is one.
 
-    The workdir holds config.json, checkpoints/ and metrics/.
-
     Raises:
-      UserError: the config, the data set or the workdir is not usable.
+      UserError: the config, the data set or the workdir is not usable, or the loss is not finite.
+      Stopped: Ctrl-C or SIGTERM came; a checkpoint of that very step is written.
     """
     run, workdir = create_run(config), epath.Path(workdir)
     jax.config.update("jax_default_matmul_precision", config.matmul_precision)
-    claim(workdir, config)
-    checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
-    with contextlib.closing(checkpoints):
+    dataset = data.load(config.data.name, config.data.dir)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(claimed(workdir, config))
+        checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", config.checkpoint.keep))
         restored = checkpoints.restore(jax.eval_shape(functools.partial(create_state, run)))
-        if restored and restored[0] >= run.total_steps:
-            log_finished(restored[0], checkpoints, workdir)
-            return restored[1]
         step, state = restored or (0, create_state(run))
+        # A checkpoint without metrics was written on the way: at the end of an epoch, before its evaluation.
+        evaluated = step == 0 or checkpoints.metrics(step) is not None
+        if step == run.total_steps and evaluated:
+            accuracy = checkpoints.metrics(step)["test_accuracy"]
+            log.info("%s is finished: %d steps, test accuracy %.4f.", workdir, step, accuracy)
+            return state
         if step:
             log.info("Resuming %s at step %d of %d.", workdir, step, run.total_steps)
         else:
             log.info("Starting %s: %d steps.", workdir, run.total_steps)
-        with contextlib.closing(Writer(workdir / "metrics", step)) as writer:
-            state = train_loop(run, state, checkpoints, writer)
-        checkpoints.wait()
-        log_finished(run.total_steps, checkpoints, workdir)
+        writer = stack.enter_context(Writer(workdir / "metrics", step, evaluated))
+        interrupt = stack.enter_context(Interrupt())
+        state, test = train_loop(run, state, evaluated, dataset, checkpoints, writer, interrupt)
+    accuracy = test["accuracy"]
+    log.info("%s is finished: %d steps, test accuracy %.4f.", workdir, run.total_steps, accuracy)
     return state
 
 
-def train_loop(run: Run, state: TrainState, checkpoints: Checkpoints, writer: Writer) -> TrainState:
-    """From the state's step to the last."""
-    config = run.config
-    dataset = data.load(config.data.name, config.data.dir)
-    train_images, train_labels, test_images, test_labels = devices.replicate(tuple(dataset))
-    evaluate = create_evaluate(run, test_images, test_labels)
-    p_step = devices.mapped(
-        functools.partial(train_step, run=run), sharded_argument=4, arguments=5, donate=(0,)
-    )
-    positions = devices.positions(config.batch_size)
-    first_step = int(state.step)
+def train_loop(
+    run: Run,
+    state: TrainState,
+    evaluated: bool,
+    dataset: data.Dataset,
+    checkpoints: Checkpoints,
+    writer: Writer,
+    interrupt: Interrupt,
+) -> tuple[TrainState, dict[str, float]]:
+    """From the state's step to the last. `evaluated`: the epoch that ends with the state's step has been evaluated.
+
+    Returns the last state and its test metrics.
+    """
+    config, done = run.config, int(state.step)
+    images, labels, *test_set = devices.replicate(tuple(dataset))
     state = devices.replicate(state)
-    clock, loss = Clock(config.batch_size / jax.device_count()), None
+    evaluate = create_evaluate(run, *test_set, interrupt)
+    step = devices.mapped(functools.partial(train_step, run=run), arguments=5, donate=(0,))
+    stop, order = Stop(interrupt, config.batch_size), EpochOrder(run)
+    clock = Clock(config.batch_size / jax.device_count())
 
-    with progress(first_step, run.total_steps) as bar:
-        for step in range(first_step, run.total_steps):
-            epoch, batch = divmod(step, run.steps_per_epoch)
-            if batch == 0 or step == first_step:
-                order = data.epoch_order(config.seed, epoch, len(dataset.train_labels))
-            indices = order[batch * config.batch_size :][: config.batch_size]
-            previous = loss
-            state, loss = p_step(
-                state, train_images, train_labels, devices.replicate(indices), positions
-            )
-            jax.block_until_ready(previous)
-            clock.tick()
-            bar.update()
-            done = step + 1
-            epoch_ends = done % run.steps_per_epoch == 0
-
-            if (batch + 1) % config.log_every_steps == 0 or epoch_ends:
-                lr, rate = float(run.schedule(step)), clock.rate()
-                window = {f"train/{name}": mean for name, mean in state.window.means().items()}
-                writer.write(done, window | {"lr": lr, "images_per_second_per_device": rate})
-                if not epoch_ends and clock.line_is_due():
-                    log.info(
-                        "step %d: %s | lr %.3g | %.4g images/s/device",
-                        done,
-                        _words("train", state.window.means()),
-                        lr,
-                        rate,
-                    )
-            if epoch_ends:
+    with progress(done, run.total_steps) as bar:
+        while True:
+            epoch, batch = divmod(done, run.steps_per_epoch)
+            if batch == 0 and not evaluated:
+                clock.pause()
                 test = evaluate(state)
+                if test is None:
+                    stopped(done, state, checkpoints, writer, interrupt)
                 writer.write(done, {f"test/{name}": value for name, value in test.items()})
-                log.info(
-                    "epoch %d/%d: %s | %s | lr %.3g | %.4g images/s/device | %s left",
-                    epoch + 1,
-                    config.epochs,
-                    _words("train", state.epoch.means()),
-                    _words("test", test),
-                    lr,
-                    rate,
-                    tqdm.tqdm.format_interval(clock.remaining(run.total_steps - done)),
-                )
-                if (epoch + 1) % config.checkpoint.every_epochs == 0 or done == run.total_steps:
+                log_epoch(run, done, state, test, clock)
+                if epoch % config.checkpoint.every_epochs == 0 or done == run.total_steps:
                     writer.flush()
                     checkpoints.save(done, state, {f"test_{k}": v for k, v in test.items()})
-                clock.pause()
-    return state
+                if done == run.total_steps:
+                    return state, test
+
+            indices = devices.replicate(order.batch(done))
+            state, votes = step(state, images, labels, indices, stop.share())
+            stopping = stop.agreed(votes)
+            done, batch, evaluated = done + 1, batch + 1, False
+            clock.tick()
+            bar.update()
+
+            if batch % config.log_every_steps == 0 or batch == run.steps_per_epoch or stopping:
+                check_finite(run, state, checkpoints)
+            if batch % config.log_every_steps == 0 or batch == run.steps_per_epoch:
+                log_window(run, done, state, clock, writer)
+            if stopping:
+                stopped(done, state, checkpoints, writer, interrupt)
+
+
+def check_finite(run: Run, state: TrainState, checkpoints: Checkpoints) -> None:
+    """Raises UserError if some step's loss or gradients were not finite; comes before any state is saved."""
+    if bad := int(state.first_bad_step):
+        last = checkpoints.latest_step()
+        raise UserError(
+            f"the loss or its gradients were not finite at step {bad}, with learning rate "
+            f"{float(run.schedule(bad - 1)):.3g}. "
+            + ("No checkpoint was written yet" if last is None else f"The checkpoint of step {last} is untouched")
+            + "; a lower config.optimizer.learning_rate, in a new workdir, may help."
+        )
+
+
+def stopped(
+    done: int, state: TrainState, checkpoints: Checkpoints, writer: Writer, interrupt: Interrupt
+) -> NoReturn:
+    """Saves everything and raises Stopped."""
+    writer.flush()
+    if checkpoints.latest_step() != done:
+        checkpoints.save(done, state)
+    checkpoints.wait()
+    raise Stopped(f"stopped at step {done}; the same command goes on from there.", interrupt.signal)
+
+
+class EpochOrder:
+    """The indices of each step's batch; keeps the current epoch's permutation."""
+
+    def __init__(self, run: Run):
+        self._run, self._epoch, self._order = run, None, None
+
+    def batch(self, step: int) -> Int[np.ndarray, "global_batch"]:
+        epoch, batch = divmod(step, self._run.steps_per_epoch)
+        if epoch != self._epoch:
+            seed, size = self._run.config.seed, self._run.spec.train_size
+            self._epoch, self._order = epoch, data.epoch_order(seed, epoch, size)
+        size = self._run.config.batch_size
+        return self._order[batch * size : (batch + 1) * size]
+
+
+def log_window(run: Run, done: int, state: TrainState, clock: Clock, writer: Writer) -> None:
+    """Writes the means since the last time, and a line where one is due."""
+    means, lr, rate = state.window.means(), float(run.schedule(done - 1)), clock.rate()
+    named = {f"train/{name}": mean for name, mean in means.items()}
+    writer.write(done, named | {"lr": lr, "images_per_second_per_device": rate})
+    if clock.line_is_due() and done % run.steps_per_epoch:
+        words = _words("train", means)
+        log.info("step %d: %s | lr %.3g | %.4g images/s/device", done, words, lr, rate)
+
+
+def log_epoch(run: Run, done: int, state: TrainState, test: dict[str, float], clock: Clock) -> None:
+    """The epoch's line."""
+    log.info(
+        "epoch %d/%d: %s | %s | lr %.3g | %s left",
+        done // run.steps_per_epoch,
+        run.config.epochs,
+        _words("train", state.epoch.means()),
+        _words("test", test),
+        float(run.schedule(done - 1)),
+        tqdm.tqdm.format_interval(clock.remaining(run.total_steps - done)),
+    )
 
 
 def evaluate(config: ml_collections.ConfigDict, workdir: str | epath.Path) -> dict[str, float]:
@@ -342,43 +442,24 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str | epath.Path) -> di
     jax.config.update("jax_default_matmul_precision", config.matmul_precision)
     if not (workdir / "config.json").exists():
         raise UserError(f"{workdir} holds no run to evaluate; train one first, or set --workdir.")
-    claim(workdir, config)
-    with contextlib.closing(Checkpoints(workdir / "checkpoints")) as checkpoints:
+    check_config(workdir, config)
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
         restored = checkpoints.restore(jax.eval_shape(functools.partial(create_state, run)))
     if restored is None:
         raise UserError(f"{workdir} holds no checkpoint yet; train until its first one.")
     step, state = restored
     dataset = data.load(config.data.name, config.data.dir)
-    test_data = devices.replicate((dataset.test_images, dataset.test_labels))
-    results = create_evaluate(run, *test_data)(devices.replicate(state))
+    test_set = devices.replicate((dataset.test_images, dataset.test_labels))
+    with Interrupt() as interrupt:
+        results = create_evaluate(run, *test_set, interrupt)(devices.replicate(state))
+    if results is None:
+        raise Stopped("evaluation stopped.", interrupt.signal)
     log.info("%s, step %d: %s", workdir, step, _words("test", results))
     return results
 
 
-def claim(workdir: epath.Path, config: ml_collections.ConfigDict) -> None:
-    """Writes the config into a new workdir; raises UserError where another config already has it."""
-    path = workdir / "config.json"
-    if path.exists():
-        if lines := config_lib.differences(config, config_lib.load(path)):
-            raise UserError(
-                f"{workdir} holds a run with another config; set another --workdir, or the fields as they were:\n  "
-                + "\n  ".join(lines)
-            )
-        return
-    if (workdir / "checkpoints").exists():
-        raise UserError(f"{workdir} holds checkpoints but no config.json; set another --workdir.")
-    workdir.mkdir(parents=True, exist_ok=True)
-    config_lib.save(config, path)
-
-
-def log_finished(step: int, checkpoints: Checkpoints, workdir: epath.Path) -> None:
-    metrics = checkpoints.metrics(step) or {}
-    accuracy = metrics.get("test_accuracy", float("nan"))
-    log.info("%s is finished: %d steps, test accuracy %.4f.", workdir, step, accuracy)
-
-
 @contextlib.contextmanager
-def progress(done: int, total: int):
+def progress(done: int, total: int) -> Iterator[tqdm.tqdm]:
     """A progress line with the time left, on a terminal; log lines go above it."""
     show = sys.stderr.isatty() and jax.process_index() == 0
     with tqdm.tqdm(total=total, initial=done, unit="step", disable=not show) as bar:
