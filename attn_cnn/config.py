@@ -11,7 +11,7 @@ from typing import Any
 import ml_collections
 from etils import epath
 
-from attn_cnn import positions
+from attn_cnn import data, positions
 from attn_cnn.errors import UserError
 
 
@@ -105,6 +105,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     if not model:
         raise UserError("config.model is missing.")
     check_model(config.model)
+    _check_data(config)
     optimizer = config.optimizer
     if optimizer.schedule == "step" and optimizer.warmup:
         raise UserError(
@@ -114,6 +115,22 @@ def check(config: ml_collections.ConfigDict) -> None:
         raise UserError(
             f"config.optimizer.decay_epochs is {optimizer.decay_epochs}, which the cosine schedule ignores; "
             "set it to () or config.optimizer.schedule to step."
+        )
+
+
+def _check_data(config) -> None:
+    name, spec = config.data.name, data.SPECS[config.data.name]
+    if tuple(config.model.image_shape) != spec.image_shape:
+        raise UserError(
+            f"config.model.image_shape is {config.model.image_shape}, but {name}'s images are {spec.image_shape}."
+        )
+    if config.model.classes != spec.classes:
+        raise UserError(
+            f"config.model.classes is {config.model.classes}, but {name} has {spec.classes} classes."
+        )
+    if config.batch_size > spec.train_size:
+        raise UserError(
+            f"config.batch_size is {config.batch_size:,}, more than the {spec.train_size:,} images {name} trains on."
         )
 
 

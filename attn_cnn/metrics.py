@@ -39,8 +39,12 @@ class Writer:
         try:
             for future in pending:
                 future.result()
-        except OSError as error:
-            raise UserError(f"the metrics cannot be written: {error}") from None
+        except Exception as error:
+            from tensorflow.errors import OpError  # here, since importing TensorFlow takes seconds
+
+            if isinstance(error, OSError | OpError):
+                raise UserError(f"the metrics cannot be written: {error}") from None
+            raise
 
     def __enter__(self):
         return self
@@ -87,6 +91,19 @@ def trim(directory: epath.Path, step: int, evaluated: bool) -> None:
         temporary = path.with_name("trimmed")
         temporary.write_bytes(kept.getvalue())
         temporary.replace(path)
+
+
+def read(directory: epath.Path) -> list[tuple[int, str, float]]:
+    """Every scalar in the event files of `directory`, as (step, tag, value), in the order of writing."""
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.util.tensor_util import make_ndarray
+
+    scalars = []
+    for path in sorted(directory.glob("events.out.tfevents.*")):
+        for record in _records(path.read_bytes()):
+            event = Event.FromString(record)
+            scalars += [(event.step, v.tag, float(make_ndarray(v.tensor))) for v in event.summary.value]
+    return scalars
 
 
 def _records(data: bytes):

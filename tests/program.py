@@ -1,0 +1,51 @@
+"""main.py as a user runs it, on a model small enough to test with."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from attn_cnn.metrics import read
+from etils import epath
+
+ROOT = Path(__file__).parent.parent
+TINY = ("--config.model.layers=1", "--config.model.hidden_size=16", "--config.model.mlp_size=16")
+
+
+def command(*arguments, config="configs/quadratic.py:digits", tiny=True):
+    return [sys.executable, "main.py", f"--config={config}", *(TINY if tiny else ()), *arguments]
+
+
+def environment(devices=1, **variables):
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"} | variables
+
+
+def run(*arguments, check=True, timeout=300, config="configs/quadratic.py:digits", tiny=True, devices=1, **variables):
+    """Runs to the end; stdout and stderr are text."""
+    return subprocess.run(
+        command(*arguments, config=config, tiny=tiny),
+        cwd=ROOT,
+        env=environment(devices, **variables),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=check,
+    )
+
+
+def start(*arguments, devices=1, **kwargs):
+    """Starts and returns the process; stderr is to be read."""
+    return subprocess.Popen(
+        command(*arguments),
+        cwd=ROOT,
+        env=environment(devices),
+        stderr=subprocess.PIPE,
+        text=True,
+        **kwargs,
+    )
+
+
+def scalars(workdir, tag):
+    """(step, value) of every time `tag` was written, in order."""
+    return [(step, value) for step, name, value in read(epath.Path(workdir) / "metrics") if name == tag]

@@ -1,0 +1,58 @@
+"""Learning rates and weight decay are the paper's."""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from attn_cnn import optim
+from attn_cnn.errors import UserError
+from configs import quadratic, resnet18
+
+
+def test_cosine_rises_for_a_twentieth_of_the_steps_and_falls_to_zero():
+    schedule = optim.create_schedule(quadratic.get_config().optimizer, 500, 300)
+    assert schedule(0) == 0
+    assert schedule(3750) == pytest.approx(0.05)
+    assert schedule(7500) == pytest.approx(0.1)
+    middle = 7500 + (150_000 - 7500) // 2
+    assert schedule(middle) == pytest.approx(0.05)
+    assert schedule(149_999) == pytest.approx(0, abs=1e-9)
+    assert schedule(20_000) == pytest.approx(0.05 * (1 + math.cos(math.pi * 12_500 / 142_500)))
+
+
+def test_steps_divide_by_ten_after_their_epochs():
+    schedule = optim.create_schedule(resnet18.get_config().optimizer, 500, 300)
+    epochs = [0, 79, 80, 149, 150, 249, 250, 299]
+    rates = [float(schedule(epoch * 500)) for epoch in epochs]
+    np.testing.assert_allclose(rates, [0.1, 0.1, 0.01, 0.01, 1e-3, 1e-3, 1e-4, 1e-4], rtol=1e-5)
+
+
+def test_a_decay_beyond_the_run_is_an_error():
+    with pytest.raises(UserError, match=r"\(80, 150, 250\), but the run ends after 200"):
+        optim.create_schedule(resnet18.get_config().optimizer, 500, 200)
+
+
+def update(optimizer_config, params, gradients):
+    optimizer = optim.create_optimizer(optimizer_config, 0.5)
+    updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+    return optax.apply_updates(params, updates)
+
+
+def test_weight_decay_is_added_to_the_gradient_of_all_but_centers_and_spreads():
+    config = quadratic.get_config().optimizer
+    config.weight_decay = 0.1
+    params = {name: jnp.array(2.0) for name in ("centers", "spreads", "kernel", "bias", "scale")}
+    after = update(config, params, {name: jnp.array(1.0) for name in params})
+    for name, value in after.items():
+        decay = 0.0 if name in ("centers", "spreads") else 0.1 * 2
+        assert value == pytest.approx(2 - 0.5 * (1 + decay)), name
+
+
+def test_adam_moves_by_the_learning_rate():
+    config = quadratic.get_config().optimizer
+    config.name = "adam"
+    after = update(config, {"kernel": jnp.array(2.0)}, {"kernel": jnp.array(123.0)})
+    assert after["kernel"] == pytest.approx(1.5, rel=1e-5)
