@@ -9,6 +9,7 @@ import zlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
@@ -26,9 +27,7 @@ class Checkpoints:
     def __init__(self, directory: epath.Path, keep: int = 1):
         self.directory = directory
         newest = preservation_policy.LatestN(keep)
-        best = preservation_policy.BestN(
-            get_metric_fn=_test_accuracy, n=1, keep_checkpoints_without_metrics=False
-        )
+        best = preservation_policy.BestN(get_metric_fn=_test_accuracy, n=1, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(
             best_fn=_test_accuracy,  # without it orbax does not write the metrics
             preservation_policy=preservation_policy.AnyPreservationPolicy([newest, best]),
@@ -52,7 +51,7 @@ class Checkpoints:
         return self._manager.metrics(step)
 
     def restore(self, state: Any) -> tuple[int, Any] | None:
-        """The newest checkpoint that is whole, as (step, state on the host); None where none was ever finished.
+        """The newest checkpoint that is whole, as (step, state); None where none was ever finished.
 
         `state` gives the structure; its arrays may be abstract.
 
@@ -66,19 +65,14 @@ class Checkpoints:
             try:
                 items = self._manager.restore(
                     step,
-                    args=ocp.args.Composite(
-                        state=ocp.args.StandardRestore(target), crcs=ocp.args.JsonRestore()
-                    ),
+                    args=ocp.args.Composite(state=ocp.args.StandardRestore(target), crcs=ocp.args.JsonRestore()),
                 )
-                crcs = {name: _crc(array) for name, array in _flat(items["state"]).items()}
-                wrong = [name for name in crcs if crcs[name] != items["crcs"].get(name)]
-                if wrong:
-                    raise ValueError(f"{wrong[0]} does not have the content that was saved")
+                _check(_flat(items["state"]), _flat(target), items["crcs"])
             except Exception as error:  # orbax raises whatever the damaged file led to
                 damages.append(f"{self.directory / str(step)}: {str(error).splitlines()[0][:200]}")
                 log.warning("Damaged checkpoint, the one before it is tried: %s", damages[-1])
                 continue
-            return step, serialization.from_state_dict(state, items["state"])
+            return step, serialization.from_state_dict(state, jax.tree.map(jnp.asarray, items["state"]))
         if damages:
             raise UserError("no checkpoint can be read:\n  " + "\n  ".join(damages))
         return None
@@ -100,6 +94,15 @@ def _test_accuracy(metrics: dict[str, float]) -> float:
 
 def _flat(tree: dict) -> dict[str, Any]:
     return {"/".join(path): leaf for path, leaf in traverse_util.flatten_dict(tree).items()}
+
+
+def _check(arrays: dict[str, Any], target: dict[str, Any], crcs: dict[str, int]) -> None:
+    for name, array in arrays.items():
+        if (array.shape, array.dtype) != (target[name].shape, target[name].dtype):
+            wanted = f"{target[name].dtype}{list(target[name].shape)}"
+            raise ValueError(f"{name} is {array.dtype}{list(array.shape)} instead of {wanted}")
+        if _crc(array) != crcs.get(name):
+            raise ValueError(f"{name} does not have the content that was saved")
 
 
 def _crc(array: Any) -> int:

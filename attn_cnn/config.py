@@ -24,9 +24,7 @@ class Field:
 
 
 def _integer(low: int, high: int) -> Field:
-    return Field(
-        lambda v: type(v) is int and low <= v <= high, f"a whole number from {low:,} to {high:,}"
-    )
+    return Field(lambda v: type(v) is int and low <= v <= high, f"a whole number from {low:,} to {high:,}")
 
 
 def _number(low: float, high: float, below: bool = False) -> Field:
@@ -46,9 +44,7 @@ def _increasing(v) -> bool:
 
 _BOOLEAN = Field(lambda v: type(v) is bool, "True or False")
 _TEXT = Field(lambda v: type(v) is str, "text")
-_EPOCHS = Field(
-    lambda v: type(v) is tuple and _increasing(v), "increasing whole numbers, as in (80, 150)"
-)
+_EPOCHS = Field(lambda v: type(v) is tuple and _increasing(v), "increasing whole numbers, as in (80, 150)")
 _SHAPE = Field(
     lambda v: type(v) is tuple and len(v) == 3 and all(type(n) is int and 0 < n <= 4096 for n in v),
     "(height, width, channels), each from 1 to 4,096",
@@ -108,9 +104,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     _check_data(config)
     optimizer = config.optimizer
     if optimizer.schedule == "step" and optimizer.warmup:
-        raise UserError(
-            f"config.optimizer.warmup is {optimizer.warmup}, which the step schedule ignores; set it to 0."
-        )
+        raise UserError(f"config.optimizer.warmup is {optimizer.warmup}, which the step schedule ignores; set it to 0.")
     if optimizer.schedule == "cosine" and optimizer.decay_epochs:
         raise UserError(
             f"config.optimizer.decay_epochs is {optimizer.decay_epochs}, which the cosine schedule ignores; "
@@ -125,9 +119,7 @@ def _check_data(config) -> None:
             f"config.model.image_shape is {config.model.image_shape}, but {name}'s images are {spec.image_shape}."
         )
     if config.model.classes != spec.classes:
-        raise UserError(
-            f"config.model.classes is {config.model.classes}, but {name} has {spec.classes} classes."
-        )
+        raise UserError(f"config.model.classes is {config.model.classes}, but {name} has {spec.classes} classes.")
     if config.batch_size > spec.train_size:
         raise UserError(
             f"config.batch_size is {config.batch_size:,}, more than the {spec.train_size:,} images {name} trains on."
@@ -206,9 +198,7 @@ def _check_attention(model) -> None:
 
 def _check_fields(values: dict, fields: dict[str, Field], prefix: str) -> None:
     if unknown := sorted(set(values) - set(fields)):
-        raise UserError(
-            f"unknown field {prefix}{unknown[0]}; the fields are {', '.join(sorted(fields))}."
-        )
+        raise UserError(f"unknown field {prefix}{unknown[0]}; the fields are {', '.join(sorted(fields))}.")
     if missing := sorted(set(fields) - set(values)):
         raise UserError(f"{prefix}{missing[0]} is missing; it must be {fields[missing[0]].wanted}.")
     for name, value in values.items():
@@ -239,6 +229,7 @@ def load(path: epath.Path) -> ml_collections.ConfigDict:
     Raises:
       UserError: the file is no JSON or no config.
     """
+
     def tuples(value):
         if isinstance(value, dict):
             return {k: tuples(v) for k, v in value.items()}

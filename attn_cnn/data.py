@@ -5,6 +5,7 @@ scikit-learn. The order of examples is a function of (seed, epoch) alone, so tha
 step, on any number of devices.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -75,9 +76,7 @@ def load(name: str, data_dir: str = "") -> Dataset:
     """
     if name == "digits":
         return _digits()
-    root = epath.Path(
-        data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    ).expanduser()
+    root = epath.Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
     prepared = _prepared(root, name)
     if prepared is None:
         _check_reachable(name, root)
@@ -220,9 +219,7 @@ def _write_cache(place: epath.Path, dataset: Dataset) -> bool:
             np.savez(file, **dataset._asdict())
         temporary.replace(place)
     except OSError:
-        try:
+        with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        except OSError:
-            pass
         return False
     return True

@@ -64,9 +64,7 @@ def initialize(coordinator_address: str | None, num_processes: int | None, proce
     given = (coordinator_address, num_processes, process_id)
     alone = all(flag is None for flag in given)
     if not alone and any(flag is None for flag in given):
-        raise UserError(
-            "several hosts need all of --coordinator_address, --num_processes and --process_id."
-        )
+        raise UserError("several hosts need all of --coordinator_address, --num_processes and --process_id.")
     try:
         jax.distributed.initialize(*given, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except ValueError as error:

@@ -86,7 +86,7 @@ def trim(directory: epath.Path, step: int, evaluated: bool) -> None:
         writer = RecordWriter(kept)
         for event in records:
             tests = any(value.tag.startswith("test/") for value in event.summary.value)
-            if event.step < step or event.step == step and (evaluated or not tests):
+            if event.step < step or (event.step == step and (evaluated or not tests)):
                 writer.write(event.SerializeToString())
         temporary = path.with_name("trimmed")
         temporary.write_bytes(kept.getvalue())

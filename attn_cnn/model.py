@@ -1,7 +1,7 @@
 """The image classifier of the paper (section 4): patches, post-LayerNorm encoder layers, mean, Linear.
 
-    a = Dense(Attention(x));       x = LayerNorm(x + Dropout(a))
-    m = Dense(GELU(Dense(x)));     x = LayerNorm(x + Dropout(m))
+a = Dense(Attention(x));       x = LayerNorm(x + Dropout(a))
+m = Dense(GELU(Dense(x)));     x = LayerNorm(x + Dropout(m))
 """
 
 from collections.abc import Mapping
@@ -19,9 +19,7 @@ from attn_cnn.resnet import ResNet18
 LAYER_NORM_EPSILON = 1e-12
 
 
-def patches(
-    images: Float[Array, "batch height width channels"], patch: int
-) -> Float[Array, "batch H W features"]:
+def patches(images: Float[Array, "batch height width channels"], patch: int) -> Float[Array, "batch H W features"]:
     """Invertible pooling: the pixels of each patch concatenated, ordered by row, column, channel."""
     batch, height, width, channels = images.shape
     H, W = height // patch, width // patch
@@ -30,9 +28,7 @@ def patches(
 
 
 def layer_norm(name: str) -> nn.LayerNorm:
-    return nn.LayerNorm(
-        epsilon=LAYER_NORM_EPSILON, dtype=jnp.float32, use_fast_variance=False, name=name
-    )
+    return nn.LayerNorm(epsilon=LAYER_NORM_EPSILON, dtype=jnp.float32, use_fast_variance=False, name=name)
 
 
 class EncoderLayer(nn.Module):
@@ -78,19 +74,15 @@ class Classifier(nn.Module):
         x = dense(self.hidden_size, x.shape[-1], dtype=self.dtype, name="patch_embedding")(x)
         tables = None
         if self.share_tables:
-            tables = embedding_tables(
-                self, self.attention["max_side"], self.attention["embedding_size"]
-            )
+            tables = embedding_tables(self, self.attention["max_side"], self.attention["embedding_size"])
         for i in range(self.layers):
-            x = EncoderLayer(
-                self.attention, self.mlp_size, self.dropout, self.dtype, name=f"layer_{i}"
-            )(x, tables, train=train)
+            x = EncoderLayer(self.attention, self.mlp_size, self.dropout, self.dtype, name=f"layer_{i}")(
+                x, tables, train=train
+            )
         return dense(self.classes, self.hidden_size, name="classifier")(x.mean(axis=(1, 2)))
 
 
-def create_model(
-    model: ml_collections.ConfigDict, dtype: str = "float32", axis_name: str | None = None
-) -> nn.Module:
+def create_model(model: ml_collections.ConfigDict, dtype: str = "float32", axis_name: str | None = None) -> nn.Module:
     """The Flax module a config's `model` describes.
 
     Args:

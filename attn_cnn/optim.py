@@ -9,9 +9,7 @@ from attn_cnn.errors import UserError
 STEP_FACTOR = 0.1
 
 
-def create_schedule(
-    optimizer: ml_collections.ConfigDict, steps_per_epoch: int, epochs: int
-) -> optax.Schedule:
+def create_schedule(optimizer: ml_collections.ConfigDict, steps_per_epoch: int, epochs: int) -> optax.Schedule:
     """Learning rate of a step, counted from 0.
 
     cosine: linear from 0 over the first `warmup` of all steps, then cosine to 0.
@@ -40,9 +38,7 @@ def create_optimizer(
 
     It spares centers and spreads: pulling a head's position to the query pixel is no regularisation.
     """
-    moments = (
-        optax.trace(optimizer.momentum) if optimizer.name == "sgd" else optax.scale_by_adam()
-    )
+    moments = optax.trace(optimizer.momentum) if optimizer.name == "sgd" else optax.scale_by_adam()
     return optax.chain(
         optax.add_decayed_weights(optimizer.weight_decay, mask=decayed),
         moments,
@@ -52,6 +48,4 @@ def create_optimizer(
 
 def decayed(params: dict) -> dict:
     """True for every parameter under weight decay."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: path[-1].key not in ("centers", "spreads"), params
-    )
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in ("centers", "spreads"), params)

@@ -67,9 +67,7 @@ def learned_query(
     query: Float[Array, "batch height width heads features"],
     row_embeddings: Float[Array, "shifts half"],
     column_embeddings: Float[Array, "shifts half"],
-) -> tuple[
-    Float[Array, "batch heads height width height"], Float[Array, "batch heads height width width"]
-]:
+) -> tuple[Float[Array, "batch heads height width height"], Float[Array, "batch heads height width width"]]:
     """q_h[i, j] . (r_row[d_row] (+) r_col[d_col]) / sqrt(D): the query's first half meets the row table, its
     second half the column table (Ramachandran et al. 2019, section 3)."""
     height, width, features = query.shape[1], query.shape[2], query.shape[-1]
@@ -77,12 +75,8 @@ def learned_query(
     query = query / jnp.sqrt(features).astype(query.dtype)
     rows = row_embeddings[shifts(height) + middle].astype(query.dtype)
     columns = column_embeddings[shifts(width) + middle].astype(query.dtype)
-    row_term = jnp.einsum(
-        "bijhd,ikd->bhijk", query[..., :half], rows, preferred_element_type=jnp.float32
-    )
-    column_term = jnp.einsum(
-        "bijhd,jld->bhijl", query[..., half:], columns, preferred_element_type=jnp.float32
-    )
+    row_term = jnp.einsum("bijhd,ikd->bhijk", query[..., :half], rows, preferred_element_type=jnp.float32)
+    column_term = jnp.einsum("bijhd,jld->bhijl", query[..., half:], columns, preferred_element_type=jnp.float32)
     return row_term, column_term
 
 

@@ -1,6 +1,6 @@
 """The convolutional baseline: ResNet-18 for CIFAR (He et al. 2016; the paper's section 4.1).
 
-    block(x) = ReLU(BN(Conv3x3(ReLU(BN(Conv3x3(x))))) + shortcut(x))
+block(x) = ReLU(BN(Conv3x3(ReLU(BN(Conv3x3(x))))) + shortcut(x))
 """
 
 from functools import partial

@@ -8,7 +8,6 @@ workdir then evaluates, and resumes from that epoch with a fresh optimizer.
 PyTorch's Linear weights are (out, in), heads first on the axis that holds them; convolutions are (out, in, H, W).
 """
 
-import functools
 import os
 import zipfile
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import optax
 from absl import flags
 from etils import epath
 from flax import traverse_util
@@ -57,18 +57,19 @@ def import_variables(state_dict: Mapping[str, Any], model: ml_collections.Config
         if missing := [name for name in names if name not in state_dict]:
             problems += [f"missing: {name}" for name in missing]
             continue
-        arrays = [_numeric(name, state_dict[name], problems) for name in names]
+        arrays = [np.asarray(state_dict[name]) for name in names]
         bias = wanted.get((*path[:-1], "bias"))
         shape = _torch_shape(path[-1], leaf.shape, bias.ndim if bias is not None else 1)
-        wrong = [(n, a) for n, a in zip(names, arrays, strict=True) if a.shape != shape]
-        problems += [f"{n} has shape {a.shape} instead of {shape}" for n, a in wrong]
-        if any(not np.array_equal(arrays[0], array) for array in arrays[1:]):
+        misfits = [_misfit(*named, shape) for named in zip(names, arrays, strict=True)]
+        if any(misfits):
+            problems += filter(None, misfits)
+        elif any(not np.array_equal(arrays[0], array) for array in arrays[1:]):
             problems.append(
                 f"{names[0]} differs from layer to layer, though config.model.share_tables is True (the original "
                 "code shares with its last layer only: import with share_tables False)"
             )
-        if not wrong:
-            variables[path] = _ours(path[-1], arrays[0], leaf.shape)
+        else:
+            variables[path] = _ours(path[-1], arrays[0].astype(np.float32), leaf.shape)
     left_over = [n for n in state_dict if n not in used and not n.endswith(IGNORED)]
     problems += [f"left over: {name}" for name in left_over]
     if problems:
@@ -76,19 +77,19 @@ def import_variables(state_dict: Mapping[str, Any], model: ml_collections.Config
     return {"batch_stats": {}} | traverse_util.unflatten_dict(variables)
 
 
-def _numeric(name: str, array: Any, problems: list[str]) -> np.ndarray:
-    array = np.asarray(array)
+def _misfit(name: str, array: np.ndarray, shape: tuple[int, ...]) -> str | None:
     if array.dtype.kind not in "fiu":
-        problems.append(f"{name} holds {array.dtype}, not numbers")
-        return array
-    return array.astype(np.float32)
+        return f"{name} holds {array.dtype}, not numbers"
+    if array.shape != shape:
+        return f"{name} has shape {array.shape} instead of {shape}"
+    return None
 
 
 def _torch_names(path: tuple[str, ...], model: ml_collections.ConfigDict) -> list[str]:
     """Where PyTorch keeps the parameter at `path`; several names where it keeps one of ours in every layer."""
     if model.name == "resnet18":
         return [_torch_resnet_name(path)]
-    module, *_, leaf = path
+    module, leaf = path[0], path[-1]
     if module in _TOP:
         return [f"{_TOP[module]}.{_LEAF[leaf]}"]
     if module.endswith("_embeddings"):
@@ -188,12 +189,21 @@ def import_checkpoint(path: epath.Path, config: ml_collections.ConfigDict, workd
     if (workdir / "config.json").exists():
         raise UserError(f"{workdir} holds a run already; set another --workdir.")
     step = min(epochs, config.epochs) * run.steps_per_epoch
-    state = jax.jit(functools.partial(train.create_state, run))()
-    state = state.replace(step=np.int32(step), **variables)
+    state = train.create_state(run)
+    opt_state = jax.tree.map(
+        lambda part: part._replace(count=jnp.int32(step)) if _counts_steps(part) else part,
+        state.opt_state,
+        is_leaf=_counts_steps,
+    )
+    state = state.replace(step=jnp.int32(step), opt_state=opt_state, **variables)
     metrics = None if accuracy is None else {"test_accuracy": accuracy}
     with claimed(workdir, config), Checkpoints(workdir / "checkpoints") as checkpoints:
         checkpoints.save(step, state, metrics)
     return step
+
+
+def _counts_steps(part: Any) -> bool:
+    return isinstance(part, optax.ScaleByScheduleState)
 
 
 def main(argv):

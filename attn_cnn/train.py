@@ -39,11 +39,14 @@ LINE_SECONDS = 10
 
 
 class Sums(flax.struct.PyTreeNode):
-    """Sums over steps of what is logged as means; in the state, so that a resumed run logs the same."""
+    """Sums over steps of what is logged as means; in the state, so that a resumed run logs the same.
 
-    steps: Float[Array, ""]
-    loss: Float[Array, ""]
-    accuracy: Float[Array, ""]
+    Float32 scalars, or what stands for them in an abstract state.
+    """
+
+    steps: Any
+    loss: Any
+    accuracy: Any
 
     def add(self, restart: Array, loss: Array, accuracy: Array) -> "Sums":
         new = Sums(jnp.float32(1), loss, accuracy)
@@ -56,13 +59,13 @@ class Sums(flax.struct.PyTreeNode):
 class TrainState(flax.struct.PyTreeNode):
     """Everything a run needs to go on, bit for bit."""
 
-    step: Int[Array, ""]
+    step: Any  # int32: steps done
     params: Any
     batch_stats: Any
     opt_state: Any
     window: Sums  # since the metrics were last written
     epoch: Sums  # since the epoch began
-    first_bad_step: Int[Array, ""]  # whose loss or gradients were not finite, counted from 1; 0: none
+    first_bad_step: Any  # int32: the first, from 1, whose loss or gradients were not finite; 0: none
 
 
 class Run(NamedTuple):
@@ -131,12 +134,8 @@ def train_step(
     """
     config, spec = run.config, run.spec
     batch = indices[share.positions]
-    augment_key, dropout_key = jax.random.split(
-        jax.random.fold_in(jax.random.key(config.seed), state.step)
-    )
-    x = augment.augment(
-        augment_key, images[batch], share.positions, config.data.crop_padding, config.data.flip
-    )
+    augment_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state.step))
+    x = augment.augment(augment_key, images[batch], share.positions, config.data.crop_padding, config.data.flip)
     x = augment.normalize(x, spec.mean, spec.std)
     dropout_key = jax.random.fold_in(dropout_key, jax.lax.axis_index(devices.AXIS))
 
@@ -156,7 +155,7 @@ def train_step(
     grads, loss, accuracy = jax.lax.pmean((grads, loss, accuracy), devices.AXIS)
     updates, opt_state = run.optimizer.update(grads, state.opt_state, state.params)
     batch_of_epoch = state.step % run.steps_per_epoch
-    bad = ~jnp.isfinite(loss + optax.global_norm(grads))
+    bad = ~jnp.isfinite(loss + optax.tree.norm(grads))
     state = state.replace(
         step=state.step + 1,
         params=optax.apply_updates(state.params, updates),
@@ -164,9 +163,7 @@ def train_step(
         opt_state=opt_state,
         window=state.window.add(batch_of_epoch % config.log_every_steps == 0, loss, accuracy),
         epoch=state.epoch.add(batch_of_epoch == 0, loss, accuracy),
-        first_bad_step=jnp.where(
-            (state.first_bad_step == 0) & bad, state.step + 1, state.first_bad_step
-        ),
+        first_bad_step=jnp.where((state.first_bad_step == 0) & bad, state.step + 1, state.first_bad_step),
     )
     return state, jax.lax.psum(share.stop, devices.AXIS)
 
@@ -286,7 +283,7 @@ class Clock:
         return (time.perf_counter() - self._started) / self._all_steps * steps
 
 
-def train(config: ml_collections.ConfigDict, workdir: str | epath.Path) -> TrainState:
+def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> TrainState:
     """Trains to the end, from the newest checkpoint in `workdir` if there is one.
 
     Raises:
@@ -383,9 +380,7 @@ def check_finite(run: Run, state: TrainState, checkpoints: Checkpoints) -> None:
         )
 
 
-def stopped(
-    done: int, state: TrainState, checkpoints: Checkpoints, writer: Writer, interrupt: Interrupt
-) -> NoReturn:
+def stopped(done: int, state: TrainState, checkpoints: Checkpoints, writer: Writer, interrupt: Interrupt) -> NoReturn:
     """Saves everything and raises Stopped."""
     writer.flush()
     if checkpoints.latest_step() != done:
@@ -432,7 +427,7 @@ def log_epoch(run: Run, done: int, state: TrainState, test: dict[str, float], cl
     )
 
 
-def evaluate(config: ml_collections.ConfigDict, workdir: str | epath.Path) -> dict[str, float]:
+def evaluate(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict[str, float]:
     """Loss and accuracy of the newest checkpoint in `workdir` on the test set.
 
     Raises:
@@ -462,9 +457,9 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str | epath.Path) -> di
 def progress(done: int, total: int) -> Iterator[tqdm.tqdm]:
     """A progress line with the time left, on a terminal; log lines go above it."""
     show = sys.stderr.isatty() and jax.process_index() == 0
-    with tqdm.tqdm(total=total, initial=done, unit="step", disable=not show) as bar:
-        with tqdm.contrib.logging.logging_redirect_tqdm([log]):
-            yield bar
+    bar = tqdm.tqdm(total=total, initial=done, unit="step", disable=not show)
+    with bar, tqdm.contrib.logging.logging_redirect_tqdm([log]):
+        yield bar
 
 
 def _words(split: str, means: dict[str, float]) -> str:

@@ -45,9 +45,7 @@ def _locked(folder: epath.Path) -> Iterator[None]:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(
-            f"another process is at work in {folder}; wait for it, or set another --workdir."
-        ) from None
+        raise UserError(f"another process is at work in {folder}; wait for it, or set another --workdir.") from None
     else:
         yield
     finally:

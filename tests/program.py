@@ -5,8 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from attn_cnn.metrics import read
 from etils import epath
+
+from attn_cnn.metrics import read
 
 ROOT = Path(__file__).parent.parent
 TINY = ("--config.model.layers=1", "--config.model.hidden_size=16", "--config.model.mlp_size=16")
@@ -21,7 +22,15 @@ def environment(devices=1, **variables):
     return os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"} | variables
 
 
-def run(*arguments, check=True, timeout=300, config="configs/quadratic.py:digits", tiny=True, devices=1, **variables):
+def run(
+    *arguments,
+    check=True,
+    timeout=300,
+    config="configs/quadratic.py:digits",
+    tiny=True,
+    devices=1,
+    **variables,
+):
     """Runs to the end; stdout and stderr are text."""
     return subprocess.run(
         command(*arguments, config=config, tiny=tiny),

@@ -1,7 +1,7 @@
 """The command line: a mistake ends in one message and a non-zero status, before anything is compiled."""
 
-import pytest
 import program
+import pytest
 
 MISTAKES = {
     "scale": (["--config=configs/quadratic.py:huge"], "unknown scale 'huge'"),
@@ -23,9 +23,7 @@ MISTAKES = {
 def test_a_mistake_ends_in_one_message(mistake):
     arguments, message = MISTAKES[mistake]
     command = [program.sys.executable, "main.py", *arguments]
-    done = program.subprocess.run(
-        command, cwd=program.ROOT, env=program.environment(), capture_output=True, text=True
-    )
+    done = program.subprocess.run(command, cwd=program.ROOT, env=program.environment(), capture_output=True, text=True)
     assert done.returncode != 0
     assert message in done.stderr
     assert "Traceback" not in done.stderr

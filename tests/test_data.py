@@ -46,7 +46,9 @@ def test_an_epoch_visits_every_example_once_in_an_order_of_its_own():
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_without_data_or_network_the_message_names_the_ways_out(name, tmp_path, monkeypatch):
     monkeypatch.setitem(
-        data.SPECS, name, data.SPECS[name].__class__(**vars(data.SPECS[name]) | {"url": "http://127.0.0.1:9/x"})
+        data.SPECS,
+        name,
+        data.SPECS[name].__class__(**vars(data.SPECS[name]) | {"url": "http://127.0.0.1:9/x"}),
     )
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     started = time.monotonic()

@@ -48,6 +48,6 @@ def test_a_torn_record_is_dropped(directory):
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="metrics cannot be written"):
-        with metrics.Writer(epath.Path(tmp_path) / "file" / "metrics", 0, True) as writer:
-            writer.write(1, {"loss": 1.0})
+    directory = epath.Path(tmp_path) / "file" / "metrics"
+    with pytest.raises(UserError, match="cannot be written"), metrics.Writer(directory, 0, True) as writer:
+        writer.write(1, {"loss": 1.0})

@@ -25,9 +25,7 @@ def test_generalized_with_isotropic_spread_is_quadratic():
     centers, spreads = jax.random.normal(key, (3, 2)), jnp.array([0.3, 1.0, 2.0])
     row, column = positions.quadratic(centers, spreads, 4, 5)
     scores = positions.quadratic_generalized(centers, spreads[:, None, None] * jnp.eye(2), 4, 5)
-    np.testing.assert_allclose(
-        scores, row[:, :, None, :, None] + column[:, None, :, None, :], rtol=1e-5, atol=1e-5
-    )
+    np.testing.assert_allclose(scores, row[:, :, None, :, None] + column[:, None, :, None, :], rtol=1e-5, atol=1e-5)
 
 
 def test_generalized_score_is_the_mahalanobis_form():
@@ -51,9 +49,7 @@ def test_learned_query_gives_rows_the_first_half_of_the_query():
     rows, columns = jax.random.normal(jax.random.key(1), (2, 7, 3))
     row, column = positions.learned_query(query, rows, columns)
     b, h, i, j, k, l = 1, 4, 2, 1, 0, 3
-    np.testing.assert_allclose(
-        row[b, h, i, j, k], query[b, i, j, h, :3] @ rows[k - i + 3] / np.sqrt(6), rtol=1e-5
-    )
+    np.testing.assert_allclose(row[b, h, i, j, k], query[b, i, j, h, :3] @ rows[k - i + 3] / np.sqrt(6), rtol=1e-5)
     np.testing.assert_allclose(
         column[b, h, i, j, l], query[b, i, j, h, 3:] @ columns[l - j + 3] / np.sqrt(6), rtol=1e-5
     )

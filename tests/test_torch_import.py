@@ -1,5 +1,6 @@
 """Checkpoints of the paper's PyTorch code become workdirs of ours; what does not fit is named."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
@@ -8,7 +9,13 @@ from golden import Golden, assert_close
 from attn_cnn import report, train
 from attn_cnn.errors import UserError
 from attn_cnn.model import create_model
-from attn_cnn.torch_import import _torch_names, import_checkpoint, import_state_dict, import_variables, read_checkpoint
+from attn_cnn.torch_import import (
+    _torch_names,
+    import_checkpoint,
+    import_state_dict,
+    import_variables,
+    read_checkpoint,
+)
 from configs import quadratic, resnet18
 
 
@@ -93,7 +100,7 @@ def test_resnet_and_its_statistics():
     assert report.count_parameters(variables["params"]) == report.count_parameters(
         report.abstract_variables(model)["params"]
     )
-    logits = create_model(model).apply(variables, np.ones((2, 32, 32, 3), np.float32))
+    logits = create_model(model).apply(variables, jnp.ones((2, 32, 32, 3)))
     assert np.isfinite(logits).all()
 
 
@@ -109,7 +116,9 @@ def test_resnet_computes_what_pytorch_does():
         return functional.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2)
 
     def norm(x, name):
-        return functional.batch_norm(x, *(state[f"{name}.{k}"] for k in ("running_mean", "running_var", "weight", "bias")))
+        return functional.batch_norm(
+            x, *(state[f"{name}.{k}"] for k in ("running_mean", "running_var", "weight", "bias"))
+        )
 
     x = norm(conv(torch.tensor(images).permute(0, 3, 1, 2), "conv1"), "bn1").relu()
     for layer in range(1, 5):
@@ -121,7 +130,7 @@ def test_resnet_computes_what_pytorch_does():
                 x = norm(conv(x, f"{prefix}.shortcut.0", stride), f"{prefix}.shortcut.1")
             x = (x + y).relu()
     expected = functional.linear(x.mean((2, 3)), state["linear.weight"], state["linear.bias"])
-    ours = create_model(model).apply(import_variables(resnet_state_dict(model), model), images)
+    ours = create_model(model).apply(import_variables(resnet_state_dict(model), model), jnp.asarray(images))
     assert_close(ours, expected.numpy())
 
 

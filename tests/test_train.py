@@ -7,8 +7,8 @@ import time
 
 import jax
 import numpy as np
-import pytest
 import program
+import pytest
 from etils import epath
 
 from attn_cnn import data, train
@@ -49,7 +49,7 @@ def uninterrupted(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("uninterrupted") / "run"
     flags = ("--config.epochs=12", "--config.checkpoint.every_epochs=1")
     program.run(f"--workdir={workdir}", *flags)
-    config = tiny(epochs=12) | {}
+    config = tiny(epochs=12)
     config.checkpoint.every_epochs = 1
     return config, final_state(config, workdir), workdir, flags
 
@@ -101,15 +101,19 @@ def test_the_workdir_holds_what_it_should_and_the_log_reads(uninterrupted):
 
 def test_a_normal_run_warns_of_nothing(tmp_path):
     done = program.run(f"--workdir={tmp_path}/run", "--config.epochs=2", PYTHONWARNINGS="default::UserWarning")
-    lines = done.stderr.splitlines()
-    assert len(lines) == 4 and done.stdout == ""
-    assert [word in line for word, line in zip(("Starting", "epoch 1/2", "epoch 2/2", "finished"), lines)] == [True] * 4
+    beginnings = ("Starting", "epoch 1/2", "epoch 2/2", f"{tmp_path}/run is finished")
+    lines = [line.split(" ", 1)[1] for line in done.stderr.splitlines()]
+    assert len(lines) == 4 and all(map(str.startswith, lines, beginnings))
+    assert done.stdout == ""
 
 
 @pytest.mark.parametrize("experiment", [quadratic, resnet18])
 def test_losses_are_the_same_on_one_and_on_four_devices(experiment, tmp_path):
     name = experiment.__name__.replace(".", "/") + ".py:digits"
-    flags = NO_DROPOUT if experiment is quadratic else ("--config.optimizer.decay_epochs=(1,)",)
+    # At learning rate 0.1 the ResNet multiplies any rounding error by ten a step.
+    flags = NO_DROPOUT if experiment is quadratic else (
+        "--config.optimizer.decay_epochs=(1,)", "--config.optimizer.learning_rate=0.001",
+    )  # fmt: skip
     losses = {}
     for devices in (1, 4):
         workdir = tmp_path / str(devices)
