@@ -7,12 +7,16 @@ from attn_cnn.config import default_workdir
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("workdir", None, "Where the run lives. Default: runs/<config name>[_<scale>].")
+flags.DEFINE_string("coordinator_address", None, "host:port of process 0, where JAX finds no cluster by itself.")
+flags.DEFINE_integer("num_processes", None, "How many processes take part, where JAX finds no cluster by itself.")
+flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 flags.DEFINE_enum("mode", "train", ["train", "evaluate", "describe"], "What to do.")
 
 
 def main(_):
-    from attn_cnn import report, train  # JAX is not needed to find a mistake in the flags
+    from attn_cnn import devices, report, train  # JAX is not needed to find a mistake in the flags
 
+    devices.initialize(FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id)
     workdir = FLAGS.workdir or default_workdir(cli.config_name())
     if FLAGS.mode == "train":
         train.train(FLAGS.config, workdir)

@@ -5,6 +5,7 @@ are the same on every device. A share says which places of the global batch are 
 how devices are numbered across hosts.
 """
 
+import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,6 +15,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from attn_cnn.errors import UserError
+
+log = logging.getLogger("attn_cnn")
 
 AXIS = "devices"
 HEARTBEAT_SECONDS = 60  # after which a host that fell silent ends the run on all others
@@ -73,6 +76,8 @@ def initialize(coordinator_address: str | None, num_processes: int | None, proce
         # JAX knows of no cluster here: one host.
     except RuntimeError as error:
         raise UserError(f"the hosts do not find each other: {error}") from None
+    if jax.process_index() > 0:  # all hosts do the same: one of them tells
+        log.setLevel(logging.WARNING)
 
 
 def check_batch_size(batch_size: int, devices: int) -> None:

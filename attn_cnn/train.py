@@ -265,9 +265,9 @@ class Clock:
         """What follows, up to the next tick, is no step."""
         self._last = None
 
-    def rate(self) -> float:
-        """Images a second since the last call; NaN where no step was measured."""
-        rate = self._images * self._steps / self._seconds if self._steps else float("nan")
+    def rate(self) -> dict[str, float]:
+        """Images a second since the last call, by name; empty where no step was measured."""
+        rate = {"images_per_second_per_device": self._images * self._steps / self._seconds} if self._steps else {}
         self._seconds, self._steps = 0.0, 0
         return rate
 
@@ -408,10 +408,10 @@ def log_window(run: Run, done: int, state: TrainState, clock: Clock, writer: Wri
     """Writes the means since the last time, and a line where one is due."""
     means, lr, rate = state.window.means(), float(run.schedule(done - 1)), clock.rate()
     named = {f"train/{name}": mean for name, mean in means.items()}
-    writer.write(done, named | {"lr": lr, "images_per_second_per_device": rate})
-    if clock.line_is_due() and done % run.steps_per_epoch:
+    writer.write(done, named | {"lr": lr} | rate)
+    if done % run.steps_per_epoch and rate and clock.line_is_due():
         words = _words("train", means)
-        log.info("step %d: %s | lr %.3g | %.4g images/s/device", done, words, lr, rate)
+        log.info("step %d: %s | lr %.3g | %.4g images/s/device", done, words, lr, *rate.values())
 
 
 def log_epoch(run: Run, done: int, state: TrainState, test: dict[str, float], clock: Clock) -> None:
