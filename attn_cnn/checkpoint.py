@@ -4,8 +4,10 @@ Each holds the state as a plain tree of arrays and a CRC of every array, since o
 every flipped byte.
 """
 
+import contextlib
 import logging
 import zlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -14,6 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from flax import serialization, traverse_util
+from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from attn_cnn.errors import UserError
@@ -22,26 +25,38 @@ log = logging.getLogger("attn_cnn")
 
 
 class Checkpoints:
-    """The checkpoints of one workdir, named by step: the newest `keep` and the best by test accuracy."""
+    """The checkpoints of one workdir, named by step: the newest `keep` and the best by test accuracy.
 
-    def __init__(self, directory: epath.Path, keep: int = 1):
+    A context manager: leaving it waits for the last write. With `read_only` nothing on disk changes.
+    """
+
+    def __init__(self, directory: epath.Path, keep: int = 1, read_only: bool = False):
         self.directory = directory
         newest = preservation_policy.LatestN(keep)
         best = preservation_policy.BestN(get_metric_fn=_test_accuracy, n=1, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(
             best_fn=_test_accuracy,  # without it orbax does not write the metrics
             preservation_policy=preservation_policy.AnyPreservationPolicy([newest, best]),
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
         )
-        self._manager = ocp.CheckpointManager(directory, options=options)
+        with _explained("opened"):
+            self._manager = ocp.CheckpointManager(directory, options=options)
+        self._read_only = read_only
 
     def save(self, step: int, state: Any, metrics: dict[str, float] | None = None) -> None:
-        """Starts to write `state`; the previous write, if it still goes on, is waited for."""
+        """Starts to write `state`; the previous write, if it still goes on, is waited for.
+
+        Raises:
+          UserError: this or the previous write fails.
+        """
         tree = serialization.to_state_dict(state)
         crcs = {name: _crc(array) for name, array in _flat(tree).items()}
         if jax.process_count() > 1:
             tree = jax.tree.map(ocp.utils.fully_replicated_host_local_array_to_global_array, tree)
         items = ocp.args.Composite(state=ocp.args.StandardSave(tree), crcs=ocp.args.JsonSave(crcs))
-        self._manager.save(step, args=items, metrics=metrics)
+        with _explained("written"):
+            self._manager.save(step, args=items, metrics=metrics)
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
@@ -53,39 +68,72 @@ class Checkpoints:
     def restore(self, state: Any) -> tuple[int, Any] | None:
         """The newest checkpoint that is whole, as (step, state); None where none was ever finished.
 
-        `state` gives the structure; its arrays may be abstract.
+        `state` gives the structure; its arrays may be abstract. Newer checkpoints, damaged, are moved aside, so that
+        the run can write theirs again.
 
         Raises:
           UserError: there are checkpoints, but none of them is whole.
         """
         target = serialization.to_state_dict(state)
         target = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), target)
-        damages = []
+        damages = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                items = self._manager.restore(
-                    step,
-                    args=ocp.args.Composite(state=ocp.args.StandardRestore(target), crcs=ocp.args.JsonRestore()),
-                )
+                args = ocp.args.Composite(state=ocp.args.StandardRestore(target), crcs=ocp.args.JsonRestore())
+                items = self._manager.restore(step, args=args)
                 _check(_flat(items["state"]), _flat(target), items["crcs"])
             except Exception as error:  # orbax raises whatever the damaged file led to
-                damages.append(f"{self.directory / str(step)}: {str(error).splitlines()[0][:200]}")
-                log.warning("Damaged checkpoint, the one before it is tried: %s", damages[-1])
+                damages[step] = f"{self.directory / str(step)}: {_first_line(error)}"
+                log.warning("Damaged checkpoint, the one before it is tried: %s", damages[step])
                 continue
+            self._move_aside(damages)
             return step, serialization.from_state_dict(state, jax.tree.map(jnp.asarray, items["state"]))
         if damages:
-            raise UserError("no checkpoint can be read:\n  " + "\n  ".join(damages))
+            raise UserError("no checkpoint can be read:\n  " + "\n  ".join(damages.values()))
         return None
 
     def wait(self) -> None:
-        """Returns when everything saved is on disk."""
-        self._manager.wait_until_finished()
+        """Returns when everything saved is on disk.
+
+        Raises:
+          UserError: it could not be written.
+        """
+        with _explained("written"):
+            self._manager.wait_until_finished()
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
-        self._manager.close()
+    def __exit__(self, kind, *_):
+        with _explained("written") if kind is None else contextlib.suppress(Exception):
+            self._manager.close()
+
+    def _move_aside(self, steps: Iterable[int]) -> None:
+        if not steps or self._read_only:
+            return
+        multihost_utils.sync_global_devices("damage found")
+        for step in steps:
+            if jax.process_index() == 0:
+                aside = self.directory / f"{step}.damaged"
+                if aside.exists():
+                    aside.rmtree()
+                (self.directory / str(step)).rename(aside)
+        multihost_utils.sync_global_devices("damage moved aside")
+        self._manager.reload()
+
+
+@contextlib.contextmanager
+def _explained(done: str) -> Iterator[None]:
+    """A failure of orbax, which may be of any type, as a message."""
+    try:
+        yield
+    except Exception as error:
+        message = f"the checkpoints cannot be {done}: {_first_line(error)}"
+        raise UserError(f"{message} Those written before are untouched.") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:300]
 
 
 def _test_accuracy(metrics: dict[str, float]) -> float:

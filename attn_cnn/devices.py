@@ -6,6 +6,7 @@ how devices are numbered across hosts.
 """
 
 import logging
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -88,4 +89,16 @@ def check_batch_size(batch_size: int, devices: int) -> None:
         raise UserError(
             f"config.batch_size is {batch_size}, which {devices} devices cannot share evenly; "
             f"the nearest that they can: {sizes}."
+        )
+
+
+def check_memory(needed: int) -> None:
+    """Raises UserError if `needed` bytes on each device are more than a device of this host has."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // jax.local_device_count()
+    limit = stats.get("bytes_limit", pages)
+    if needed > limit:
+        raise UserError(
+            f"parameters and optimizer state take {needed / 2**30:,.1f} GiB, but a device has {limit / 2**30:,.1f} GiB; "
+            "make config.model smaller."
         )

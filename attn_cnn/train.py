@@ -87,7 +87,7 @@ def create_run(config: ml_collections.ConfigDict) -> Run:
     devices.check_batch_size(config.batch_size, jax.device_count())
     steps_per_epoch = spec.train_size // config.batch_size
     schedule = optim.create_schedule(config.optimizer, steps_per_epoch, config.epochs)
-    return Run(
+    run = Run(
         config,
         spec,
         create_model(config.model, config.dtype, devices.AXIS),
@@ -96,6 +96,13 @@ def create_run(config: ml_collections.ConfigDict) -> Run:
         steps_per_epoch,
         steps_per_epoch * config.epochs,
     )
+    devices.check_memory(sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(abstract_state(run))))
+    return run
+
+
+def abstract_state(run: Run) -> TrainState:
+    """Shapes and dtypes of the state; nothing is computed."""
+    return jax.eval_shape(functools.partial(create_state, run))
 
 
 def create_state(run: Run) -> TrainState:
@@ -296,7 +303,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> TrainSt
     with contextlib.ExitStack() as stack:
         stack.enter_context(claimed(workdir, config))
         checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", config.checkpoint.keep))
-        restored = checkpoints.restore(jax.eval_shape(functools.partial(create_state, run)))
+        restored = checkpoints.restore(abstract_state(run))
         step, state = restored or (0, create_state(run))
         # A checkpoint without metrics was written on the way: at the end of an epoch, before its evaluation.
         evaluated = step == 0 or checkpoints.metrics(step) is not None
@@ -438,8 +445,8 @@ def evaluate(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict
     if not (workdir / "config.json").exists():
         raise UserError(f"{workdir} holds no run to evaluate; train one first, or set --workdir.")
     check_config(workdir, config)
-    with Checkpoints(workdir / "checkpoints") as checkpoints:
-        restored = checkpoints.restore(jax.eval_shape(functools.partial(create_state, run)))
+    with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
+        restored = checkpoints.restore(abstract_state(run))
     if restored is None:
         raise UserError(f"{workdir} holds no checkpoint yet; train until its first one.")
     step, state = restored

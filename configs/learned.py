@@ -1,8 +1,10 @@
 """Learned relative encoding, position only (the paper's section 4.3).
 
-python main.py --config=configs/learned.py         # CIFAR-10, 300 epochs: 12.3M parameters, 6.2 GFLOPs an image; the paper's test accuracy is 0.918
-python main.py --config=configs/learned.py:small   # CIFAR-10, 15 epochs: SMALL_learned
-python main.py --config=configs/learned.py:digits  # no download, 1 minute: DIGITS_learned
+python main.py --config=configs/learned.py         # CIFAR-10, 300 epochs
+python main.py --config=configs/learned.py:small   # CIFAR-10 at laptop scale, 15 epochs
+python main.py --config=configs/learned.py:digits  # no download, about a minute on 2 cores
+
+12.3M parameters, 6.2 GFLOPs an image. The paper's test accuracy is 0.918.
 """
 
 from configs import common

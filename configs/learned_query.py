@@ -1,8 +1,10 @@
 """Learned relative encoding that meets the query (Ramachandran et al. 2019).
 
-python main.py --config=configs/learned_query.py         # CIFAR-10, 300 epochs: 20.8M parameters, 11 GFLOPs an image
-python main.py --config=configs/learned_query.py:small   # CIFAR-10, 15 epochs: SMALL_learned_query
-python main.py --config=configs/learned_query.py:digits  # no download, 1 minute: DIGITS_learned_query
+python main.py --config=configs/learned_query.py         # CIFAR-10, 300 epochs
+python main.py --config=configs/learned_query.py:small   # CIFAR-10 at laptop scale, 15 epochs
+python main.py --config=configs/learned_query.py:digits  # no download, about a minute on 2 cores
+
+20.8M parameters, 11 GFLOPs an image.
 """
 
 from configs import common

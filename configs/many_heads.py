@@ -1,8 +1,10 @@
 """Quadratic encoding with 16 heads instead of 9 (the paper's appendix).
 
-python main.py --config=configs/many_heads.py         # CIFAR-10, 300 epochs: 18.8M parameters, 9.6 GFLOPs an image
-python main.py --config=configs/many_heads.py:small   # CIFAR-10, 15 epochs: SMALL_many_heads
-python main.py --config=configs/many_heads.py:digits  # no download, 1 minute: DIGITS_many_heads
+python main.py --config=configs/many_heads.py         # CIFAR-10, 300 epochs
+python main.py --config=configs/many_heads.py:small   # CIFAR-10 at laptop scale, 15 epochs
+python main.py --config=configs/many_heads.py:digits  # no download, about a minute on 2 cores
+
+18.8M parameters, 9.6 GFLOPs an image.
 """
 
 from configs import common

@@ -34,7 +34,7 @@ def tiny(experiment=quadratic, **changes):
 def final_state(config, workdir):
     run = train.create_run(config)
     with Checkpoints(epath.Path(workdir) / "checkpoints") as checkpoints:
-        step, state = checkpoints.restore(jax.eval_shape(lambda: train.create_state(run)))
+        step, state = checkpoints.restore(train.abstract_state(run))
     assert step == run.total_steps
     return state
 

@@ -1,0 +1,153 @@
+"""Several processes on 127.0.0.1 stand for several hosts: same losses, same checkpoints, no one left hanging."""
+
+import signal
+import socket
+import subprocess
+import time
+
+import numpy as np
+import program
+import pytest
+
+FLAGS = (
+    "--config.epochs=2",
+    "--config.log_every_steps=1",
+    "--config.checkpoint.every_epochs=1",
+    "--config.model.dropout=0.0",
+    "--config.model.attention_dropout=0.0",
+)
+LONG = ("--config.epochs=500", *FLAGS[1:])
+
+
+def start_hosts(workdir, *flags, hosts=2, devices=2, **kwargs):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    return [
+        program.start(
+            f"--workdir={workdir}",
+            *flags,
+            f"--coordinator_address={address}",
+            f"--num_processes={hosts}",
+            f"--process_id={host}",
+            devices=devices,
+            **kwargs,
+        )
+        for host in range(hosts)
+    ]
+
+
+def finish(processes, timeout=300):
+    """Exit statuses and what each process wrote, once all have ended."""
+    outputs = []
+    try:
+        deadline = time.monotonic() + timeout
+        for process in processes:
+            outputs.append(process.communicate(timeout=deadline - time.monotonic())[1])
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.returncode for process in processes], outputs
+
+
+def wait_for(process, words):
+    for line in process.stderr:
+        if words in line:
+            return
+    pytest.fail(f"the process ended without {words!r}")
+
+
+def losses(workdir):
+    return np.array(program.scalars(workdir, "train/loss"))
+
+
+@pytest.fixture(scope="module")
+def two_hosts(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("two_hosts") / "run"
+    statuses, outputs = finish(start_hosts(workdir, *FLAGS))
+    assert statuses == [0, 0], outputs
+    return workdir, outputs
+
+
+def test_two_hosts_of_two_devices_train_as_one_of_four_and_one_of_one(two_hosts, tmp_path):
+    workdir, _ = two_hosts
+    for devices in (4, 1):
+        alone = tmp_path / str(devices)
+        program.run(f"--workdir={alone}", *FLAGS, devices=devices)
+        assert len(losses(alone)) == 28
+        np.testing.assert_allclose(losses(workdir)[:20], losses(alone)[:20], rtol=1e-5)
+
+
+def test_one_host_speaks_and_writes_for_all(two_hosts):
+    workdir, (first, second) = two_hosts
+    assert "epoch 2/2" in first and "epoch" not in second
+    assert len(list((workdir / "metrics").iterdir())) == 1
+    assert len(losses(workdir)) == 28
+
+
+def test_evaluation_by_two_hosts_equals_that_by_one_exactly(two_hosts):
+    workdir, _ = two_hosts
+    _, (by_two, _) = finish(start_hosts(workdir, *FLAGS, "--mode=evaluate"))
+    by_one = program.run(f"--workdir={workdir}", *FLAGS, "--mode=evaluate").stderr
+    assert by_one.split("test")[1] == by_two.split("test")[1]
+    recorded = [f"{program.scalars(workdir, f'test/{name}')[-1][1]:.4f}" for name in ("loss", "accuracy")]
+    assert by_one.split("test")[1].split() == ["loss", recorded[0], "accuracy", recorded[1]]
+
+
+@pytest.mark.parametrize("first, second", [(2, 1), (1, 2)])
+def test_a_checkpoint_of_some_hosts_is_resumed_by_others(first, second, two_hosts, tmp_path):
+    reference, _ = two_hosts
+    workdir = tmp_path / "run"
+
+    def start(hosts):
+        if hosts == 2:
+            return start_hosts(workdir, *FLAGS)
+        return [program.start(f"--workdir={workdir}", *FLAGS, devices=4)]
+
+    processes = start(first)
+    wait_for(processes[0], "epoch 1/2")
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    statuses, outputs = finish(processes)
+    assert set(statuses) == {128 + signal.SIGTERM}, outputs
+    statuses, outputs = finish(start(second))
+    assert set(statuses) == {0} and "Resuming" in outputs[0], outputs
+    np.testing.assert_allclose(losses(workdir), losses(reference), rtol=1e-4)
+
+
+def test_sigterm_to_one_host_stops_all_at_the_same_step(tmp_path):
+    processes = start_hosts(tmp_path / "run", *LONG)
+    wait_for(processes[0], "epoch 2/")
+    processes[1].send_signal(signal.SIGTERM)
+    statuses, outputs = finish(processes, timeout=60)
+    assert "stopped at step" in outputs[0], outputs
+    assert statuses == [128 + signal.SIGTERM] * 2
+    step = int(outputs[0].split("stopped at step ")[1].split(";")[0])
+    assert (tmp_path / "run" / "checkpoints" / str(step)).is_dir()
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_a_host_dies_the_others_end_and_a_restart_resumes(victim, tmp_path):
+    processes = start_hosts(tmp_path / "run", *LONG)
+    wait_for(processes[0], "epoch 3/")
+    processes[victim].kill()
+    other = processes[1 - victim]
+    started = time.monotonic()
+    try:
+        other.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        pytest.fail("the other process hangs")
+    finally:
+        other.kill()
+    assert time.monotonic() - started < 120 and other.returncode != 0
+    processes = start_hosts(tmp_path / "run", *LONG)
+    wait_for(processes[0], "Resuming")
+    wait_for(processes[0], "epoch")
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    assert set(finish(processes)[0]) == {128 + signal.SIGTERM}
+
+
+def test_half_the_flags_are_an_error():
+    done = program.run("--num_processes=2", check=False)
+    assert done.returncode == 1 and "need all of --coordinator_address" in done.stderr
