@@ -43,10 +43,10 @@ def run(
     )
 
 
-def start(*arguments, devices=1, **kwargs):
+def start(*arguments, devices=1, config="configs/quadratic.py:digits", tiny=True, **kwargs):
     """Starts and returns the process; stderr is to be read."""
     return subprocess.Popen(
-        command(*arguments),
+        command(*arguments, config=config, tiny=tiny),
         cwd=ROOT,
         env=environment(devices),
         stderr=subprocess.PIPE,
