@@ -72,6 +72,11 @@ def mix_per_query(
     return mix_dense(joint(row, column), x)
 
 
+def default_embedding_size(encoding: str, features: int) -> int:
+    """Width of the learned tables where none is asked for."""
+    return features // 2 if encoding in positions.HALVING else features
+
+
 def embedding_tables(
     module: nn.Module, max_side: int, width: int
 ) -> tuple[Float[Array, "shifts {width}"], Float[Array, "shifts {width}"]]:
@@ -87,8 +92,9 @@ class SelfAttention(nn.Module):
       encoding: one of `positions.ENCODINGS`.
       heads: number of heads.
       max_side: largest side of the grid that the learned tables cover.
-      embedding_size: width of the learned tables.
+      embedding_size: width of the learned tables; 0: that of x, or half of it for encodings that halve the query.
       mixing: "factored", "dense", or "auto": factored wherever it is exact and no attention dropout is active.
+        "factored" where it is not exact raises UserError.
       dropout: rate on the probabilities. Position-only probabilities are one array for the whole batch, and
         so is their mask, as in the paper's code.
       dtype: of the computation; parameters and softmax are float32.
@@ -115,7 +121,12 @@ class SelfAttention(nn.Module):
         x = x.astype(self.dtype)
         dropping = train and self.dropout > 0
         separable = self.encoding in positions.SEPARABLE
-        factored = separable and self.mixing != "dense" and not dropping
+        exact = separable and not dropping
+        if self.mixing == "factored" and not exact:
+            raise UserError(
+                f"the {self.encoding} encoding has no exact factors" + " under attention dropout." * separable
+            )
+        factored = exact and self.mixing != "dense"
         collecting = self.is_mutable_collection("intermediates")
 
         scores = self._scores(x, tables)
@@ -149,13 +160,14 @@ class SelfAttention(nn.Module):
             return _same_for_all_queries(*positions.quadratic(centers, spreads, height, width))
 
         if tables is None:
-            tables = embedding_tables(self, self.max_side, self.embedding_size)
+            width_of_tables = self.embedding_size or default_embedding_size(self.encoding, features)
+            tables = embedding_tables(self, self.max_side, width_of_tables)
         if self.encoding != "learned":
             per_head = {"features": (self.heads, features), "fan_in": features, "dtype": self.dtype}
             query = dense(**per_head, name="query")(x)
         if self.encoding in ("learned", "learned_content_position"):
             by_shift = [
-                dense(self.heads, self.embedding_size, use_bias=False, name=f"{axis}_head_keys")(table)
+                dense(self.heads, table.shape[-1], use_bias=False, name=f"{axis}_head_keys")(table)
                 for axis, table in zip(("row", "column"), tables, strict=True)
             ]
             row, column = _same_for_all_queries(*positions.learned(*by_shift, height, width))
@@ -167,7 +179,9 @@ class SelfAttention(nn.Module):
         return positions.content(query, key) + row[..., :, None] + column[..., None, :]
 
 
-def spreads_init(mean) -> nn.initializers.Initializer:
+def spreads_init(mean: float | Array) -> nn.initializers.Initializer:
+    """`mean` + N(0, 0.01^2): 1 for a scalar spread, the identity for a matrix."""
+
     def init(key, shape, dtype=jnp.float32):
         return mean + SPREAD_STD * jax.random.normal(key, shape, dtype)
 

@@ -5,7 +5,10 @@ every flipped byte.
 """
 
 import contextlib
+import functools
+import json
 import logging
+import uuid
 import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -16,9 +19,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from flax import serialization, traverse_util
-from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from attn_cnn import devices
 from attn_cnn.errors import UserError
 
 log = logging.getLogger("attn_cnn")
@@ -34,31 +37,41 @@ class Checkpoints:
         self.directory = directory
         newest = preservation_policy.LatestN(keep)
         best = preservation_policy.BestN(get_metric_fn=_test_accuracy, n=1, keep_checkpoints_without_metrics=False)
-        options = ocp.CheckpointManagerOptions(
-            best_fn=_test_accuracy,  # without it orbax does not write the metrics
-            preservation_policy=preservation_policy.AnyPreservationPolicy([newest, best]),
-            cleanup_tmp_directories=not read_only,
-            read_only=read_only,
-        )
-        with _explained("opened"):
+        if read_only:
+            options = ocp.CheckpointManagerOptions(read_only=True)
+        else:
+            options = ocp.CheckpointManagerOptions(
+                best_fn=_test_accuracy,  # without it orbax does not write the metrics
+                preservation_policy=preservation_policy.AnyPreservationPolicy([newest, best]),
+                cleanup_tmp_directories=True,
+            )
+            devices.on_every_host(self._drop_damaged_metrics)
+        with _explained("opened", directory):
             self._manager = ocp.CheckpointManager(directory, options=options)
         self._read_only = read_only
 
     def save(self, step: int, state: Any, metrics: dict[str, float] | None = None) -> None:
         """Starts to write `state`; the previous write, if it still goes on, is waited for.
 
+        Where the step's checkpoint is there already, it lacks but the metrics of an evaluation that was interrupted.
+
         Raises:
           UserError: this or the previous write fails.
         """
+        if step == self.latest_step():
+            self._add_metrics(step, metrics)
+            return
         tree = serialization.to_state_dict(state)
         crcs = {name: _crc(array) for name, array in _flat(tree).items()}
         if jax.process_count() > 1:
             tree = jax.tree.map(ocp.utils.fully_replicated_host_local_array_to_global_array, tree)
         items = ocp.args.Composite(state=ocp.args.StandardSave(tree), crcs=ocp.args.JsonSave(crcs))
-        with _explained("written"):
-            self._manager.save(step, args=items, metrics=metrics)
+        with _explained("written", self.directory):
+            if not self._manager.save(step, args=items, metrics=metrics):
+                raise RuntimeError(f"orbax declined to save step {step}")
 
     def latest_step(self) -> int | None:
+        """The newest checkpoint's step, or None."""
         return self._manager.latest_step()
 
     def metrics(self, step: int) -> dict[str, float] | None:
@@ -72,22 +85,19 @@ class Checkpoints:
         the run can write theirs again.
 
         Raises:
-          UserError: there are checkpoints, but none of them is whole.
+          UserError: there are checkpoints, but none of them is whole on every host, or they may not be read.
         """
         target = serialization.to_state_dict(state)
         target = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), target)
         damages = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
-            try:
-                args = ocp.args.Composite(state=ocp.args.StandardRestore(target), crcs=ocp.args.JsonRestore())
-                items = self._manager.restore(step, args=args)
-                _check(_flat(items["state"]), _flat(target), items["crcs"])
-            except Exception as error:  # orbax raises whatever the damaged file led to
-                damages[step] = f"{self.directory / str(step)}: {_first_line(error)}"
+            tree, damage = devices.on_every_host(functools.partial(self._read, step, target))
+            if devices.everywhere(damage is not None).any():
+                damages[step] = f"{self.directory / str(step)}: {damage or 'damaged as another host reads it'}"
                 log.warning("Damaged checkpoint, the one before it is tried: %s", damages[step])
                 continue
             self._move_aside(damages)
-            return step, serialization.from_state_dict(state, jax.tree.map(jnp.asarray, items["state"]))
+            return step, serialization.from_state_dict(state, jax.tree.map(jnp.asarray, tree))
         if damages:
             raise UserError("no checkpoint can be read:\n  " + "\n  ".join(damages.values()))
         return None
@@ -98,38 +108,67 @@ class Checkpoints:
         Raises:
           UserError: it could not be written.
         """
-        with _explained("written"):
+        with _explained("written", self.directory):
             self._manager.wait_until_finished()
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, *_):
-        with _explained("written") if kind is None else contextlib.suppress(Exception):
+        with _explained("written", self.directory) if kind is None else contextlib.suppress(Exception):
             self._manager.close()
+
+    def _read(self, step: int, target: dict) -> tuple[dict | None, str | None]:
+        """The state's arrays, or what is damaged."""
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(target), crcs=ocp.args.JsonRestore())
+        try:
+            items = self._manager.restore(step, args=args)
+            _check(_flat(items["state"]), _flat(target), items["crcs"])
+        except PermissionError as error:
+            raise UserError(f"the checkpoint of step {step} may not be read: {error}") from None
+        except Exception as error:  # orbax raises whatever the damaged file led to
+            return None, _first_line(error)
+        return items["state"], None
+
+    def _add_metrics(self, step: int, metrics: dict[str, float]) -> None:
+        """Gives a checkpoint the metrics item that orbax would have written with it."""
+        with _explained("written", self.directory):
+            if jax.process_index() == 0:
+                temporary = self.directory / str(step) / "metrics.tmp"
+                temporary.mkdir(exist_ok=True)
+                (temporary / "metrics").write_text(json.dumps(metrics))
+                temporary.rename(self.directory / str(step) / "metrics")
+        devices.on_every_host(self._manager.reload)
+
+    def _drop_damaged_metrics(self) -> None:
+        """A metrics item that is no JSON would keep orbax from opening any checkpoint; without, the step is evaluated
+        anew."""
+        if jax.process_index() > 0 or not self.directory.exists():
+            return
+        for item in self.directory.glob("*/metrics"):
+            try:
+                float(json.loads((item / "metrics").read_text())["test_accuracy"])
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                log.warning("%s is damaged (%s): the step is evaluated anew.", item, _first_line(error))
+                item.rename(item.with_name(f"metrics.damaged-{uuid.uuid4().hex[:8]}"))
 
     def _move_aside(self, steps: Iterable[int]) -> None:
         if not steps or self._read_only:
             return
-        multihost_utils.sync_global_devices("damage found")
-        for step in steps:
-            if jax.process_index() == 0:
-                aside = self.directory / f"{step}.damaged"
-                if aside.exists():
-                    aside.rmtree()
-                (self.directory / str(step)).rename(aside)
-        multihost_utils.sync_global_devices("damage moved aside")
+        if jax.process_index() == 0:
+            for step in steps:
+                (self.directory / str(step)).rename(self.directory / f"{step}.damaged-{uuid.uuid4().hex[:8]}")
+        devices.everywhere(True)  # all wait for the first
         self._manager.reload()
 
 
 @contextlib.contextmanager
-def _explained(done: str) -> Iterator[None]:
+def _explained(done: str, directory: epath.Path) -> Iterator[None]:
     """A failure of orbax, which may be of any type, as a message."""
     try:
         yield
     except Exception as error:
-        message = f"the checkpoints cannot be {done}: {_first_line(error)}"
-        raise UserError(f"{message} Those written before are untouched.") from error
+        raise UserError(f"the checkpoints in {directory} cannot be {done}: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:

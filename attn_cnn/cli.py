@@ -1,28 +1,43 @@
 """What the commands share: the --config flag, the log, and errors that read as one message."""
 
+import contextlib
+import itertools
 import logging
+import os
 import re
+import signal
 import sys
+import threading
+import warnings
 from collections.abc import Callable
 
+import jax
 from absl import app, flags
 from etils import epath
 from ml_collections import config_flags
 
+from attn_cnn import cache
 from attn_cnn import config as config_lib
 from attn_cnn.errors import Stopped, UserError
 
-config_flags.DEFINE_config_file("config", None, "A file of configs/, with a scale after a colon.")
-flags.mark_flag_as_required("config")
-
 
 def run(main: Callable) -> None:
-    """absl's app.run, with a checked config in FLAGS.config; a UserError is printed alone and exits with 1, a run that
-    a signal stopped with 128 + its number."""
+    """absl's app.run with the flag --config, checked, in FLAGS.config.
+
+    A UserError is printed alone and exits with 1, a run that a signal stopped with 128 + its number.
+    """
+    config_flags.DEFINE_config_file("config", None, "A file of configs/, with a scale after a colon.")
+    flags.mark_flag_as_required("config")
     try:
         app.run(main, flags_parser=_parse)
     except UserError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        sys.exit(f"error: out of memory; lower config.batch_size or the model's sizes. {str(error).splitlines()[0]}")
     except Stopped as stopped:
         logging.getLogger("attn_cnn").info("%s", stopped)
         sys.exit(128 + stopped.signal)
@@ -34,30 +49,58 @@ def config_name() -> str:
 
 
 def _parse(argv: list[str]) -> list[str]:
-    for argument in argv:
+    for argument, following in itertools.pairwise([*argv, ""]):
         if named := re.match(r"--?config\.([^=]+)", argument):
             config_lib.check_name(named[1])
-        if given := re.match(r"--?config=([^:]*)", argument):
-            path = epath.Path(given[1])
-            if not path.is_file():
-                known = ", ".join(sorted(p.name for p in path.parent.glob("*.py"))) or "nothing"
-                raise UserError(f"there is no config {path}; {path.parent} holds {known}.")
+        elif given := re.fullmatch(r"--?config(?:=(.*))?", argument):
+            _check_file(following if given[1] is None else given[1])
     try:
         rest = app.parse_flags_with_usage(argv)
     except (AttributeError, KeyError) as error:
-        raise UserError(f"this config has no field {str(error).strip(chr(34))}.") from None
+        models = "; ".join(f"{name}: {', '.join(sorted(f))}" for name, f in config_lib.MODEL_FIELDS.items())
+        raise UserError(
+            f"this config has no field {str(error).strip(chr(34))}. The fields of each model are {models}."
+        ) from None
     config_lib.check(flags.FLAGS.config)
     _configure_log()
+    _configure_compilation_cache()
     return rest
+
+
+def _check_file(argument: str) -> None:
+    path = epath.Path(argument.partition(":")[0])
+    if not path.is_file() or "def get_config" not in path.read_text():
+        known = ", ".join(sorted(p.name for p in path.parent.glob("*.py") if "def get_config" in p.read_text()))
+        raise UserError(f"{path} is no config; {path.parent} holds {known or 'none'}.")
 
 
 def _configure_log() -> None:
     """Our lines at INFO; of the libraries, which share absl's log, what stops a run (or what --verbosity asks)."""
     if flags.FLAGS["verbosity"].using_default_value:
-        flags.FLAGS.verbosity = flags.FLAGS["verbosity"].default = -2
+        flags.FLAGS.verbosity = flags.FLAGS["verbosity"].default = -3
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     log = logging.getLogger("attn_cnn")
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False
+    # orbax's threads fail twice: where they are waited for, which tells the user, and here, with their stack.
+    threading.excepthook = _unless_of_orbax(threading.excepthook)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+
+
+def _unless_of_orbax(hook: Callable) -> Callable:
+    def report(failure):
+        if not type(failure.thread).__module__.startswith("orbax"):
+            hook(failure)
+
+    return report
+
+
+def _configure_compilation_cache() -> None:
+    """Compiled programs are kept, so that the next start need not wait; JAX_COMPILATION_CACHE_DIR says where."""
+    if jax.config.jax_compilation_cache_dir is None:
+        folder = cache.folder() / "xla"
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            jax.config.update("jax_compilation_cache_dir", os.fspath(folder))

@@ -3,7 +3,10 @@
 `configs/` holds the values of the experiments; this module says which values mean something.
 """
 
+import contextlib
 import json
+import os
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -137,18 +140,11 @@ def check_model(model: ml_collections.ConfigDict) -> None:
 
 
 def check_name(name: str) -> None:
-    """Raises UserError unless `name`, as in "model.heads", is a field of some config."""
+    """Raises UserError unless `name`, as in "model.heads", is a field of some config or holds fields."""
     model = {f"model.{field}" for fields in MODEL_FIELDS.values() for field in fields}
     known = set(RUN_FIELDS) | model | {"model.name"}
-    if name not in known:
+    if not any(field == name or field.startswith(f"{name}.") for field in known):
         raise UserError(f"unknown field config.{name}; the fields are {', '.join(sorted(known))}.")
-
-
-def embedding_size(model: ml_collections.ConfigDict) -> int:
-    """Width of the learned tables: `embedding_size`, or what the encoding calls for where that is 0."""
-    if "query" in model.encoding or model.encoding == "learned_content":
-        return model.hidden_size // 2
-    return model.embedding_size or model.hidden_size
 
 
 def _check_attention(model) -> None:
@@ -171,7 +167,7 @@ def _check_attention(model) -> None:
             f"the {model.encoding} encoding has no tables: set config.model.share_tables to False and "
             "config.model.embedding_size to 0."
         )
-    if model.encoding in ("learned_query", "learned_content"):
+    if model.encoding in positions.HALVING:
         if model.hidden_size % 2:
             raise UserError(
                 f"config.model.hidden_size is {model.hidden_size}; the {model.encoding} encoding halves each "
@@ -217,10 +213,16 @@ def _flatten(config, prefix: str = "") -> dict[str, Any]:
 
 
 def save(config: ml_collections.ConfigDict, path: epath.Path) -> None:
-    """Writes the config as JSON, whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-    temporary.rename(path)
+    """Writes the config as JSON, whole or not at all, unless another process was first."""
+    text = json.dumps(config.to_dict(), indent=2) + "\n"
+    if not os.path.isdir(path.parent):  # an object store, which writes files whole
+        path.write_text(text)
+        return
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+    temporary.write_text(text)
+    with contextlib.suppress(FileExistsError):
+        os.link(temporary, path)
+    temporary.unlink()
 
 
 def load(path: epath.Path) -> ml_collections.ConfigDict:
@@ -238,17 +240,22 @@ def load(path: epath.Path) -> ml_collections.ConfigDict:
     try:
         config = ml_collections.ConfigDict(tuples(json.loads(path.read_text())))
         check(config)
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError, ValueError) as error:
+    except (OSError, RecursionError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not a config: {error}") from None
     except UserError as error:
         raise UserError(f"{path} was changed: {error}") from None
     return config
 
 
-def differences(ours: ml_collections.ConfigDict, theirs: ml_collections.ConfigDict) -> list[str]:
-    """The fields in which two configs differ, as lines to read; where the data lies is no difference."""
+def differences(
+    ours: ml_collections.ConfigDict, theirs: ml_collections.ConfigDict, only: tuple[str, ...] = ("",)
+) -> list[str]:
+    """The fields (beginning with one of `only`) in which two configs differ, as lines to read.
+
+    Where the data lies is no difference.
+    """
     a, b = _flatten(ours), _flatten(theirs)
-    names = sorted((set(a) | set(b)) - {"data.dir"})
+    names = sorted(n for n in (set(a) | set(b)) - {"data.dir"} if n.startswith(only))
     return [f"{n}: {b.get(n)!r} then, {a.get(n)!r} now" for n in names if a.get(n) != b.get(n)]
 
 

@@ -14,13 +14,16 @@ import threading
 import urllib.request
 import uuid
 import zipfile
+import zlib
 from dataclasses import dataclass
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
 from etils import epath
 from jaxtyping import Int, UInt8
 
+from attn_cnn import cache, tensorflow
 from attn_cnn.errors import UserError
 
 log = logging.getLogger("attn_cnn")
@@ -62,6 +65,8 @@ SPECS = {
 
 
 class Dataset(NamedTuple):
+    """Both splits, on the host."""
+
     train_images: UInt8[np.ndarray, "train height width channels"]
     train_labels: Int[np.ndarray, "train"]
     test_images: UInt8[np.ndarray, "test height width channels"]
@@ -144,12 +149,8 @@ def _check_reachable(name: str, root: epath.Path) -> None:
         )
 
 
-def _tfds():
-    """TensorFlow Datasets, with TensorFlow quiet and off the accelerators."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    import tensorflow as tf
-
-    tf.config.set_visible_devices([], "GPU")
+def _tfds() -> ModuleType:
+    tensorflow.quiet()
     import tensorflow_datasets as tfds
 
     return tfds
@@ -158,7 +159,10 @@ def _tfds():
 def _download(name: str, root: epath.Path) -> epath.Path:
     log.info("Downloading %s to %s", name, root)
     builder = _tfds().builder(name, data_dir=os.fspath(root), try_gcs=False)
-    builder.download_and_prepare()
+    try:
+        builder.download_and_prepare()
+    except Exception as error:  # of the network, the disk or the archive, each with types of its own
+        raise UserError(f"{name} cannot be downloaded to {root}: {error}") from None
     return epath.Path(builder.data_dir)
 
 
@@ -166,9 +170,8 @@ def _cached(prepared: epath.Path) -> Dataset:
     """The decoded arrays, from the first cache that holds them; decodes and writes one otherwise."""
     files = sorted((f.name, f.stat().length) for f in prepared.iterdir())
     source = hashlib.sha256(json.dumps([os.fspath(prepared), files]).encode()).hexdigest()[:16]
-    home = epath.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "attn_cnn"
     file_name = f"{prepared.parent.name}-{prepared.name}-{source}.npz"
-    places = [prepared.parent / file_name, home / file_name]
+    places = [prepared.parent / file_name, cache.folder() / file_name]
     for place in places:
         if dataset := _read_cache(place):
             return dataset
@@ -206,7 +209,7 @@ def _read_cache(place: epath.Path) -> Dataset | None:
     try:
         with place.open("rb") as file, np.load(file) as arrays:
             return Dataset(**arrays)
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         log.warning("The cache %s is damaged (%s): decoding again.", place, error)
         return None
 

@@ -8,14 +8,17 @@ how devices are numbered across hosts.
 import logging
 import os
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from attn_cnn.errors import UserError
+
+Result = TypeVar("Result")
 
 log = logging.getLogger("attn_cnn")
 
@@ -72,13 +75,38 @@ def initialize(coordinator_address: str | None, num_processes: int | None, proce
     try:
         jax.distributed.initialize(*given, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except ValueError as error:
-        if not alone:
+        no_cluster = "coordinator_address should be defined" in str(error)
+        if not (alone and no_cluster):
             raise UserError(f"these hosts cannot form a cluster: {error}") from None
-        # JAX knows of no cluster here: one host.
     except RuntimeError as error:
         raise UserError(f"the hosts do not find each other: {error}") from None
     if jax.process_index() > 0:  # all hosts do the same: one of them tells
         log.setLevel(logging.WARNING)
+
+
+def on_every_host(work: Callable[[], Result]) -> Result:
+    """`work` on each host; where it fails on some, it fails on all, and none waits for the others in vain.
+
+    Raises:
+      UserError: of this host's `work`, or naming the hosts that failed.
+    """
+    try:
+        result, failure = work(), None
+    except UserError as error:
+        result, failure = None, error
+    failed = everywhere(failure is not None)
+    if failure is not None:
+        raise failure
+    if failed.any():
+        raise UserError(f"process {', '.join(map(str, np.flatnonzero(failed)))} cannot go on; its log says why.")
+    return result
+
+
+def everywhere(value: bool | int) -> Int[np.ndarray, "processes"]:
+    """Each process's value, known to all."""
+    if jax.process_count() == 1:
+        return np.array([int(value)])
+    return np.asarray(multihost_utils.process_allgather(np.int32(value))).reshape(-1)
 
 
 def check_batch_size(batch_size: int, devices: int) -> None:
@@ -99,6 +127,6 @@ def check_memory(needed: int) -> None:
     limit = stats.get("bytes_limit", pages)
     if needed > limit:
         raise UserError(
-            f"parameters and optimizer state take {needed / 2**30:,.1f} GiB, but a device has {limit / 2**30:,.1f} GiB; "
-            "make config.model smaller."
+            f"parameters and optimizer state take {needed / 2**30:,.1f} GiB, but a device has "
+            f"{limit / 2**30:,.1f} GiB; make config.model smaller."
         )

@@ -1,15 +1,20 @@
 """Metrics for TensorBoard, through clu, each step exactly once whatever happens to the process."""
 
 import io
+import logging
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import jax
 from etils import epath
 
+from attn_cnn import tensorflow
 from attn_cnn.errors import UserError
+
+log = logging.getLogger("attn_cnn")
 
 
 class Writer:
@@ -26,6 +31,7 @@ class Writer:
         self._writer = self._submit(lambda: _open(directory, step, evaluated))
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
+        """Starts to write; a failure is raised by `flush`."""
         self._submit(lambda: self._writer.result().write_scalars(step, scalars))
 
     def flush(self) -> None:
@@ -39,12 +45,8 @@ class Writer:
         try:
             for future in pending:
                 future.result()
-        except Exception as error:
-            from tensorflow.errors import OpError  # here, since importing TensorFlow takes seconds
-
-            if isinstance(error, OSError | OpError):
-                raise UserError(f"the metrics cannot be written: {error}") from None
-            raise
+        except (OSError, tensorflow.quiet().errors.OpError) as error:
+            raise UserError(f"the metrics cannot be written: {error}") from None
 
     def __enter__(self):
         return self
@@ -63,10 +65,7 @@ class Writer:
 
 def _open(directory: epath.Path, step: int, evaluated: bool):
     trim(directory, step, evaluated)
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    import tensorflow as tf
-
-    tf.config.set_visible_devices([], "GPU")
+    tensorflow.quiet()
     from clu import metric_writers
 
     return metric_writers.SummaryWriter(os.fspath(directory))
@@ -77,14 +76,12 @@ def trim(directory: epath.Path, step: int, evaluated: bool) -> None:
 
     That is every later event, a torn last record and, unless the checkpoint was `evaluated`, its test metrics.
     """
-    from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.summary.writer.record_writer import RecordWriter
 
     for path in directory.glob("events.out.tfevents.*"):
-        records = [Event.FromString(record) for record in _records(path.read_bytes())]
         kept = io.BytesIO()
         writer = RecordWriter(kept)
-        for event in records:
+        for event in _events(path):
             tests = any(value.tag.startswith("test/") for value in event.summary.value)
             if event.step < step or (event.step == step and (evaluated or not tests)):
                 writer.write(event.SerializeToString())
@@ -95,23 +92,28 @@ def trim(directory: epath.Path, step: int, evaluated: bool) -> None:
 
 def read(directory: epath.Path) -> list[tuple[int, str, float]]:
     """Every scalar in the event files of `directory`, as (step, tag, value), in the order of writing."""
-    from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.util.tensor_util import make_ndarray
 
     scalars = []
     for path in sorted(directory.glob("events.out.tfevents.*")):
-        for record in _records(path.read_bytes()):
-            event = Event.FromString(record)
+        for event in _events(path):
             scalars += [(event.step, v.tag, float(make_ndarray(v.tensor))) for v in event.summary.value]
     return scalars
 
 
-def _records(data: bytes):
-    """The payloads of a TFRecord file: length, its CRC, payload, its CRC; stops where the file was cut."""
-    start = 0
-    while start + 12 <= len(data):
-        (length,) = struct.unpack_from("<Q", data, start)
-        if start + 12 + length + 4 > len(data):
+def _events(path: epath.Path) -> Iterator[Any]:
+    """The events of a file of records (length, its CRC, payload, its CRC), up to where it is cut or damaged."""
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.summary.writer.record_writer import masked_crc32c
+
+    content, start = path.read_bytes(), 0
+    while start + 12 <= len(content):
+        length, crc = struct.unpack_from("<QI", content, start)
+        payload = content[start + 12 : start + 12 + length]
+        (payload_crc,) = struct.unpack_from("<I", content[start + 12 + length :].ljust(4))
+        intact = crc == masked_crc32c(content[start : start + 8]) and payload_crc == masked_crc32c(payload)
+        if not intact:
+            log.warning("%s is damaged or cut at byte %d: what follows in it is dropped.", path, start)
             return
-        yield data[start + 12 : start + 12 + length]
+        yield Event.FromString(payload)
         start += 12 + length + 4

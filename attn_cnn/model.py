@@ -13,7 +13,7 @@ import ml_collections
 from jaxtyping import Array, Float
 
 from attn_cnn import config as config_lib
-from attn_cnn.attention import SelfAttention, dense, embedding_tables
+from attn_cnn.attention import SelfAttention, default_embedding_size, dense, embedding_tables
 from attn_cnn.resnet import ResNet18
 
 LAYER_NORM_EPSILON = 1e-12
@@ -28,6 +28,7 @@ def patches(images: Float[Array, "batch height width channels"], patch: int) -> 
 
 
 def layer_norm(name: str) -> nn.LayerNorm:
+    """In float32, with the variance of the centered values: epsilon is too small for E[x^2] - E[x]^2."""
     return nn.LayerNorm(epsilon=LAYER_NORM_EPSILON, dtype=jnp.float32, use_fast_variance=False, name=name)
 
 
@@ -72,9 +73,13 @@ class Classifier(nn.Module):
     ) -> Float[Array, "batch classes"]:
         x = patches(images, self.patch)
         x = dense(self.hidden_size, x.shape[-1], dtype=self.dtype, name="patch_embedding")(x)
+        x = x.astype(jnp.float32)
         tables = None
         if self.share_tables:
-            tables = embedding_tables(self, self.attention["max_side"], self.attention["embedding_size"])
+            width = self.attention["embedding_size"] or default_embedding_size(
+                self.attention["encoding"], self.hidden_size
+            )
+            tables = embedding_tables(self, self.attention["max_side"], width)
         for i in range(self.layers):
             x = EncoderLayer(self.attention, self.mlp_size, self.dropout, self.dtype, name=f"layer_{i}")(
                 x, tables, train=train
@@ -100,7 +105,7 @@ def create_model(model: ml_collections.ConfigDict, dtype: str = "float32", axis_
         "encoding": model.encoding,
         "heads": model.heads,
         "max_side": model.max_side,
-        "embedding_size": config_lib.embedding_size(model),
+        "embedding_size": model.embedding_size,
         "mixing": model.mixing,
         "dropout": model.attention_dropout,
     }

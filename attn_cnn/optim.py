@@ -16,11 +16,13 @@ def create_schedule(optimizer: ml_collections.ConfigDict, steps_per_epoch: int, 
     step: a tenth after each of `decay_epochs`.
 
     Raises:
-      UserError: a decay epoch lies beyond the run.
+      UserError: the warm-up or a decay epoch does not fit the run.
     """
     total, rate = steps_per_epoch * epochs, optimizer.learning_rate
     if optimizer.schedule == "cosine":
         warmup = round(optimizer.warmup * total)
+        if warmup >= total:
+            raise UserError(f"config.optimizer.warmup is {optimizer.warmup}, which leaves no step after it; lower it.")
         return optax.warmup_cosine_decay_schedule(0.0 if warmup else rate, rate, warmup, total)
     if optimizer.decay_epochs and optimizer.decay_epochs[-1] >= epochs:
         raise UserError(
@@ -34,11 +36,11 @@ def create_schedule(optimizer: ml_collections.ConfigDict, steps_per_epoch: int, 
 def create_optimizer(
     optimizer: ml_collections.ConfigDict, schedule: optax.ScalarOrSchedule
 ) -> optax.GradientTransformation:
-    """SGD with momentum or Adam; weight decay is plain L2, added to the gradient before either.
+    """SGD with momentum, or Adam with it as beta_1; weight decay is plain L2, added to the gradient before either.
 
     It spares centers and spreads: pulling a head's position to the query pixel is no regularisation.
     """
-    moments = optax.trace(optimizer.momentum) if optimizer.name == "sgd" else optax.scale_by_adam()
+    moments = optax.trace(optimizer.momentum) if optimizer.name == "sgd" else optax.scale_by_adam(b1=optimizer.momentum)
     return optax.chain(
         optax.add_decayed_weights(optimizer.weight_decay, mask=decayed),
         moments,

@@ -1,6 +1,6 @@
 """Attention scores of the encodings (sections 2 and 3 of the paper), as pure functions.
 
-A query pixel q = (i, j) looks at a key pixel k = (k_row, l) through their shift d = k - q. An encoding is
+A query pixel (i, j) looks at a key pixel (k, l) through their shift d = (k - i, l - j). An encoding is
 *separable* when its score is (a function of the rows) + (a function of the columns): the softmax over the
 whole grid is then the product of a softmax over rows and one over columns, exactly. Separable encodings
 return these two terms, the others their full score.
@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 SEPARABLE = ("quadratic", "learned", "learned_query")
 LEARNED = ("learned", "learned_query", "learned_content", "learned_content_position")
+HALVING = ("learned_query", "learned_content")  # one half of the query meets each table
 ENCODINGS = ("quadratic", "quadratic_generalized", *LEARNED)
 
 
@@ -25,7 +26,7 @@ def shifts(side: int) -> Int[Array, "side side"]:
 def quadratic(
     centers: Float[Array, "heads 2"], spreads: Float[Array, "heads"], height: int, width: int
 ) -> tuple[Float[Array, "heads {height} {height}"], Float[Array, "heads {width} {width}"]]:
-    """-1/2 s_h^2 |d - mu_h|^2 as its row and column terms (paper section 3.1; s_h^2 is twice its alpha)."""
+    """-1/2 s_h^2 |d - mu_h|^2 as its row and column terms (paper, eq. 9; s_h^2 is twice its alpha)."""
 
     def term(side, center):
         offset = shifts(side) - center[:, None, None]
@@ -40,7 +41,7 @@ def quadratic_generalized(
     """-1/2 (d - mu_h)^T S_h S_h^T (d - mu_h): a full covariance, so rows and columns do not separate."""
     rows = shifts(height)[None] - centers[:, 0, None, None]
     columns = shifts(width)[None] - centers[:, 1, None, None]
-    # |S^T (d - mu)|^2, one component of S^T (d - mu) at a time: never a tensor with an axis of two
+    # |S^T (d - mu)|^2, whose two components are each a row part plus a column part
     row_parts = jnp.einsum("hik,hc->chik", rows, spreads[:, 0])
     column_parts = jnp.einsum("hjl,hc->chjl", columns, spreads[:, 1])
     first, second = row_parts[:, :, :, None, :, None] + column_parts[:, :, None, :, None, :]

@@ -53,7 +53,7 @@ class ResNet18(nn.Module):
     """Four stages of two blocks, at `width` times 1, 2, 4, 8 channels; 64 is the paper's width.
 
     `axis_name` is the mapped axis over which training averages batch statistics, so that a run does not
-    depend on the number of devices.
+    depend on the number of devices. Their running variance is the biased one, PyTorch's is not: 1/(N - 1) of it apart.
     """
 
     classes: int
@@ -71,6 +71,7 @@ class ResNet18(nn.Module):
             momentum=0.9,
             epsilon=1e-5,
             axis_name=self.axis_name if train else None,
+            use_fast_variance=False,
             dtype=self.dtype,
         )
         x = conv(self.width, 3, 1, images.shape[-1], dtype=self.dtype, name="conv1")(images)

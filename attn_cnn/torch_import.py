@@ -8,8 +8,10 @@ workdir then evaluates, and resumes from that epoch with a fresh optimizer.
 PyTorch's Linear weights are (out, in), heads first on the axis that holds them; convolutions are (out, in, H, W).
 """
 
+import contextlib
 import os
 import zipfile
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,8 +24,10 @@ from absl import flags
 from etils import epath
 from flax import traverse_util
 
-from attn_cnn import cli, report
+from attn_cnn import cli, report, train
+from attn_cnn.checkpoint import Checkpoints
 from attn_cnn.errors import UserError
+from attn_cnn.workdir import claim
 
 IGNORED = (".relative_indices", ".num_batches_tracked")  # buffers that hold no parameters
 
@@ -80,6 +84,8 @@ def import_variables(state_dict: Mapping[str, Any], model: ml_collections.Config
 def _misfit(name: str, array: np.ndarray, shape: tuple[int, ...]) -> str | None:
     if array.dtype.kind not in "fiu":
         return f"{name} holds {array.dtype}, not numbers"
+    if not np.isfinite(array).all():
+        return f"{name} holds numbers that are not finite"
     if array.shape != shape:
         return f"{name} has shape {array.shape} instead of {shape}"
     return None
@@ -155,7 +161,7 @@ def read_checkpoint(path: epath.Path) -> tuple[dict[str, np.ndarray], int, float
         try:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 return dict(arrays), 0, None
-        except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        except (ValueError, OSError, EOFError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
             raise UserError(f"{path} is no .npz of plain arrays: {error}") from None
     try:
         import torch
@@ -171,18 +177,17 @@ def read_checkpoint(path: epath.Path) -> tuple[dict[str, np.ndarray], int, float
     if not isinstance(content, dict) or "model_state_dict" not in content:
         raise UserError(f'{path} holds no "model_state_dict".')
     try:
-        state_dict = {name: value.numpy() for name, value in content["model_state_dict"].items()}
-        return state_dict, int(content.get("epoch", -1)) + 1, float(content.get("test_accuracy"))
-    except (AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is no checkpoint of the paper's code: {error}") from None
+        state_dict = {str(name): value.numpy() for name, value in content["model_state_dict"].items()}
+        epoch, accuracy = int(content["epoch"]), float(content["test_accuracy"])
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} is no checkpoint of the paper's code: {error!r}") from None
+    if epoch < 0 or not 0 <= accuracy <= 1:
+        raise UserError(f"{path} is no checkpoint of the paper's code: epoch {epoch}, test accuracy {accuracy}.")
+    return state_dict, epoch + 1, accuracy
 
 
 def import_checkpoint(path: epath.Path, config: ml_collections.ConfigDict, workdir: epath.Path) -> int:
     """Makes `workdir` a run that has just finished the checkpoint's epochs; returns its step."""
-    from attn_cnn import train
-    from attn_cnn.checkpoint import Checkpoints
-    from attn_cnn.workdir import claimed
-
     run = train.create_run(config)
     state_dict, epochs, accuracy = read_checkpoint(path)
     variables = import_variables(state_dict, config.model)
@@ -197,8 +202,9 @@ def import_checkpoint(path: epath.Path, config: ml_collections.ConfigDict, workd
     )
     state = state.replace(step=jnp.int32(step), opt_state=opt_state, **variables)
     metrics = None if accuracy is None else {"test_accuracy": accuracy}
-    with claimed(workdir, config), Checkpoints(workdir / "checkpoints") as checkpoints:
-        checkpoints.save(step, state, metrics)
+    with contextlib.ExitStack() as stack:
+        claim(workdir, config, stack)
+        stack.enter_context(Checkpoints(workdir / "checkpoints")).save(step, state, metrics)
     return step
 
 

@@ -7,8 +7,10 @@ the state; nothing but the indices goes from host to device, and at most two ste
 import contextlib
 import functools
 import logging
+import signal
 import sys
 import time
+import zlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple, NoReturn
 
@@ -31,7 +33,7 @@ from attn_cnn.errors import Stopped, UserError
 from attn_cnn.interrupt import Interrupt
 from attn_cnn.metrics import Writer
 from attn_cnn.model import create_model
-from attn_cnn.workdir import check_config, claimed
+from attn_cnn.workdir import claim, open_workdir
 
 log = logging.getLogger("attn_cnn")
 
@@ -65,7 +67,7 @@ class TrainState(flax.struct.PyTreeNode):
     opt_state: Any
     window: Sums  # since the metrics were last written
     epoch: Sums  # since the epoch began
-    first_bad_step: Any  # int32: the first, from 1, whose loss or gradients were not finite; 0: none
+    first_bad_step: Any  # int32: the first, from 1, whose loss, gradients or parameters were not finite; or 0
 
 
 class Run(NamedTuple):
@@ -162,10 +164,11 @@ def train_step(
     grads, loss, accuracy = jax.lax.pmean((grads, loss, accuracy), devices.AXIS)
     updates, opt_state = run.optimizer.update(grads, state.opt_state, state.params)
     batch_of_epoch = state.step % run.steps_per_epoch
-    bad = ~jnp.isfinite(loss + optax.tree.norm(grads))
+    params = optax.apply_updates(state.params, updates)
+    bad = ~jnp.isfinite(loss + optax.tree.norm(grads) + optax.tree.norm(params))
     state = state.replace(
         step=state.step + 1,
-        params=optax.apply_updates(state.params, updates),
+        params=params,
         batch_stats=batch_stats,
         opt_state=opt_state,
         window=state.window.add(batch_of_epoch % config.log_every_steps == 0, loss, accuracy),
@@ -285,9 +288,12 @@ class Clock:
         self._line = now if due else self._line
         return due
 
-    def remaining(self, steps: int) -> float:
-        """Seconds that `steps` more will take, everything included."""
-        return (time.perf_counter() - self._started) / self._all_steps * steps
+    def remaining(self, steps: int) -> str:
+        """How long `steps` more will take, everything included, as in "1:23:45 left"."""
+        if not self._all_steps:
+            return "just resumed"
+        seconds = (time.perf_counter() - self._started) / self._all_steps * steps
+        return f"{tqdm.tqdm.format_interval(seconds)} left"
 
 
 def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> TrainState:
@@ -295,13 +301,15 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> TrainSt
 
     Raises:
       UserError: the config, the data set or the workdir is not usable, or the loss is not finite.
-      Stopped: Ctrl-C or SIGTERM came; a checkpoint of that very step is written.
+      Stopped: Ctrl-C or SIGTERM came to this host or to another; a checkpoint of that very step is written.
     """
-    run, workdir = create_run(config), epath.Path(workdir)
-    jax.config.update("jax_default_matmul_precision", config.matmul_precision)
-    dataset = data.load(config.data.name, config.data.dir)
+    run, workdir = create_run(config), open_workdir(workdir)
+    dataset = load_data(config)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(claimed(workdir, config))
+        stack.enter_context(jax.default_matmul_precision(config.matmul_precision))
+        interrupt = stack.enter_context(Interrupt())
+        devices.on_every_host(lambda: claim(workdir, config, stack) if jax.process_index() == 0 else None)
+        check_same_config(config)
         checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", config.checkpoint.keep))
         restored = checkpoints.restore(abstract_state(run))
         step, state = restored or (0, create_state(run))
@@ -309,18 +317,27 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> TrainSt
         evaluated = step == 0 or checkpoints.metrics(step) is not None
         if step == run.total_steps and evaluated:
             accuracy = checkpoints.metrics(step)["test_accuracy"]
-            log.info("%s is finished: %d steps, test accuracy %.4f.", workdir, step, accuracy)
-            return state
-        if step:
-            log.info("Resuming %s at step %d of %d.", workdir, step, run.total_steps)
         else:
-            log.info("Starting %s: %d steps.", workdir, run.total_steps)
-        writer = stack.enter_context(Writer(workdir / "metrics", step, evaluated))
-        interrupt = stack.enter_context(Interrupt())
-        state, test = train_loop(run, state, evaluated, dataset, checkpoints, writer, interrupt)
-    accuracy = test["accuracy"]
+            begin = f"Resuming {workdir} at step {step} of" if step else f"Starting {workdir}:"
+            log.info("%s %d steps.", begin, run.total_steps)
+            writer = stack.enter_context(Writer(workdir / "metrics", step, evaluated))
+            state, accuracy = train_loop(run, state, evaluated, dataset, checkpoints, writer, interrupt)
     log.info("%s is finished: %d steps, test accuracy %.4f.", workdir, run.total_steps, accuracy)
     return state
+
+
+def load_data(config: ml_collections.ConfigDict) -> data.Dataset:
+    """The data set on every host; first on process 0, so that where they share a disk only one prepares it."""
+    load = functools.partial(data.load, config.data.name, config.data.dir)
+    first = devices.on_every_host(lambda: load() if jax.process_index() == 0 else None)
+    return devices.on_every_host(lambda: first or load())
+
+
+def check_same_config(config: ml_collections.ConfigDict) -> None:
+    """Raises UserError unless all hosts were given the same config; they would train apart in silence."""
+    seen = devices.everywhere(zlib.crc32(config.to_json().encode()) & 0x7FFFFFFF)
+    if len(set(seen.tolist())) > 1:
+        raise UserError("the hosts were given different configs; start all of them with the same command.")
 
 
 def train_loop(
@@ -331,10 +348,10 @@ def train_loop(
     checkpoints: Checkpoints,
     writer: Writer,
     interrupt: Interrupt,
-) -> tuple[TrainState, dict[str, float]]:
+) -> tuple[TrainState, float]:
     """From the state's step to the last. `evaluated`: the epoch that ends with the state's step has been evaluated.
 
-    Returns the last state and its test metrics.
+    Returns the last state and its test accuracy.
     """
     config, done = run.config, int(state.step)
     images, labels, *test_set = devices.replicate(tuple(dataset))
@@ -355,10 +372,10 @@ def train_loop(
                 writer.write(done, {f"test/{name}": value for name, value in test.items()})
                 log_epoch(run, done, state, test, clock)
                 if epoch % config.checkpoint.every_epochs == 0 or done == run.total_steps:
-                    writer.flush()
-                    checkpoints.save(done, state, {f"test_{k}": v for k, v in test.items()})
+                    devices.on_every_host(writer.flush)
+                    checkpoints.save(done, state, {f"test_{name}": value for name, value in test.items()})
                 if done == run.total_steps:
-                    return state, test
+                    return state, test["accuracy"]
 
             indices = devices.replicate(order.batch(done))
             state, votes = step(state, images, labels, indices, stop.share())
@@ -376,11 +393,11 @@ def train_loop(
 
 
 def check_finite(run: Run, state: TrainState, checkpoints: Checkpoints) -> None:
-    """Raises UserError if some step's loss or gradients were not finite; comes before any state is saved."""
+    """Raises UserError if some step went out of the finite numbers; comes before any state is saved."""
     if bad := int(state.first_bad_step):
         last = checkpoints.latest_step()
         raise UserError(
-            f"the loss or its gradients were not finite at step {bad}, with learning rate "
+            f"the loss, its gradients or the parameters were not finite at step {bad}, with learning rate "
             f"{float(run.schedule(bad - 1)):.3g}. "
             + ("No checkpoint was written yet" if last is None else f"The checkpoint of step {last} is untouched")
             + "; a lower config.optimizer.learning_rate, in a new workdir, may help."
@@ -389,11 +406,15 @@ def check_finite(run: Run, state: TrainState, checkpoints: Checkpoints) -> None:
 
 def stopped(done: int, state: TrainState, checkpoints: Checkpoints, writer: Writer, interrupt: Interrupt) -> NoReturn:
     """Saves everything and raises Stopped."""
-    writer.flush()
-    if checkpoints.latest_step() != done:
-        checkpoints.save(done, state)
-    checkpoints.wait()
-    raise Stopped(f"stopped at step {done}; the same command goes on from there.", interrupt.signal)
+    try:
+        devices.on_every_host(writer.flush)
+    finally:
+        if checkpoints.latest_step() != done:
+            checkpoints.save(done, state)
+        checkpoints.wait()
+    # A host that received no signal stops for another's.
+    number = interrupt.signal or signal.SIGTERM
+    raise Stopped(f"stopped at step {done}; the same command goes on from there.", number)
 
 
 class EpochOrder:
@@ -424,13 +445,13 @@ def log_window(run: Run, done: int, state: TrainState, clock: Clock, writer: Wri
 def log_epoch(run: Run, done: int, state: TrainState, test: dict[str, float], clock: Clock) -> None:
     """The epoch's line."""
     log.info(
-        "epoch %d/%d: %s | %s | lr %.3g | %s left",
+        "epoch %d/%d: %s | %s | lr %.3g | %s",
         done // run.steps_per_epoch,
         run.config.epochs,
         _words("train", state.epoch.means()),
         _words("test", test),
         float(run.schedule(done - 1)),
-        tqdm.tqdm.format_interval(clock.remaining(run.total_steps - done)),
+        clock.remaining(run.total_steps - done),
     )
 
 
@@ -440,22 +461,23 @@ def evaluate(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict
     Raises:
       UserError: there is no checkpoint, or it is of another config.
     """
-    run, workdir = create_run(config), epath.Path(workdir)
-    jax.config.update("jax_default_matmul_precision", config.matmul_precision)
+    run, workdir = create_run(config), open_workdir(workdir)
     if not (workdir / "config.json").exists():
         raise UserError(f"{workdir} holds no run to evaluate; train one first, or set --workdir.")
-    check_config(workdir, config)
+    trained = config_lib.load(workdir / "config.json")
+    if lines := config_lib.differences(config, trained, only=("model.", "data.", "dtype", "matmul_precision")):
+        raise UserError(f"{workdir} holds a run of another model; its config differs:\n  " + "\n  ".join(lines))
     with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
         restored = checkpoints.restore(abstract_state(run))
     if restored is None:
         raise UserError(f"{workdir} holds no checkpoint yet; train until its first one.")
     step, state = restored
-    dataset = data.load(config.data.name, config.data.dir)
+    dataset = load_data(config)
     test_set = devices.replicate((dataset.test_images, dataset.test_labels))
-    with Interrupt() as interrupt:
+    with Interrupt() as interrupt, jax.default_matmul_precision(config.matmul_precision):
         results = create_evaluate(run, *test_set, interrupt)(devices.replicate(state))
     if results is None:
-        raise Stopped("evaluation stopped.", interrupt.signal)
+        raise Stopped("evaluation stopped.", interrupt.signal or signal.SIGTERM)
     log.info("%s, step %d: %s", workdir, step, _words("test", results))
     return results
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from etils import epath
 
 from attn_cnn.metrics import read
@@ -53,6 +54,14 @@ def start(*arguments, devices=1, config="configs/quadratic.py:digits", tiny=True
         text=True,
         **kwargs,
     )
+
+
+def wait_for(process, words):
+    """Reads the process's log up to a line with `words`."""
+    for line in process.stderr:
+        if words in line:
+            return
+    pytest.fail(f"the process ended without {words!r}")
 
 
 def scalars(workdir, tag):

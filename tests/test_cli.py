@@ -5,7 +5,7 @@ import pytest
 
 MISTAKES = {
     "scale": (["--config=configs/quadratic.py:huge"], "unknown scale 'huge'"),
-    "file": (["--config=configs/nothing.py"], "no config configs/nothing.py; configs holds"),
+    "file": (["--config=configs/nothing.py"], "configs/nothing.py is no config; configs holds learned.py"),
     "field": (["--config=configs/quadratic.py", "--config.foo=1"], "unknown field config.foo"),
     "family": (["--config=configs/resnet18.py", "--config.model.heads=3"], "has no field 'heads'"),
     "type": (["--config=configs/quadratic.py", "--config.seed=abc"], "--config.seed=abc"),

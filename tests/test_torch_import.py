@@ -182,7 +182,7 @@ def test_a_pickle_is_not_executed(tmp_path):
             return (open, (str(tmp_path / "executed"), "w"))
 
     torch.save({"model_state_dict": Malicious()}, tmp_path / "evil.checkpoint")
-    with pytest.raises(UserError, match="cannot be loaded safely|no checkpoint that can be loaded safely"):
+    with pytest.raises(UserError, match="no checkpoint that can be loaded safely"):
         read_checkpoint(epath.Path(tmp_path) / "evil.checkpoint")
     np.savez(tmp_path / "evil.npz", array=np.array([Malicious()], dtype=object))
     with pytest.raises(UserError, match="no .npz of plain arrays"):

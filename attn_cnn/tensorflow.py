@@ -1,0 +1,13 @@
+"""TensorFlow, which reads tfds's files and writes event files; imported late, since that takes seconds."""
+
+import os
+from types import ModuleType
+
+
+def quiet() -> ModuleType:
+    """TensorFlow without its start-up messages, and off the accelerators, which are JAX's."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    import tensorflow
+
+    tensorflow.config.set_visible_devices([], "GPU")
+    return tensorflow
