@@ -35,9 +35,13 @@ def run(main: Callable) -> None:
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        reason = str(error).splitlines()[0]
+        if "RESOURCE_EXHAUSTED" in reason:
+            sys.exit(f"error: out of memory; lower config.batch_size or the model's sizes. {reason}")
+        if jax.process_count() == 1:
             raise
-        sys.exit(f"error: out of memory; lower config.batch_size or the model's sizes. {str(error).splitlines()[0]}")
+        print(f"error: another host is lost; start all again, and the run resumes. {reason}", file=sys.stderr)
+        os._exit(1)  # leaving in order would wait for that host
     except Stopped as stopped:
         logging.getLogger("attn_cnn").info("%s", stopped)
         sys.exit(128 + stopped.signal)
@@ -63,6 +67,7 @@ def _parse(argv: list[str]) -> list[str]:
         ) from None
     config_lib.check(flags.FLAGS.config)
     _configure_log()
+    _silence_orbax()
     _configure_compilation_cache()
     return rest
 
@@ -84,17 +89,22 @@ def _configure_log() -> None:
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False
-    # orbax's threads fail twice: where they are waited for, which tells the user, and here, with their stack.
-    threading.excepthook = _unless_of_orbax(threading.excepthook)
-    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
 
 
-def _unless_of_orbax(hook: Callable) -> Callable:
-    def report(failure):
+def _silence_orbax() -> None:
+    """A failed write is raised where it is waited for; orbax's threads and callbacks print their stacks besides."""
+    threads, callbacks = threading.excepthook, sys.unraisablehook
+
+    def in_thread(failure):
         if not type(failure.thread).__module__.startswith("orbax"):
-            hook(failure)
+            threads(failure)
 
-    return report
+    def in_callback(failure):
+        if str(failure.exc_value) != "Event loop is closed":
+            callbacks(failure)
+
+    threading.excepthook, sys.unraisablehook = in_thread, in_callback
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
 
 
 def _configure_compilation_cache() -> None:

@@ -134,12 +134,13 @@ def test_when_a_host_dies_the_others_end_and_a_restart_resumes(victim, tmp_path)
     other = processes[1 - victim]
     started = time.monotonic()
     try:
-        other.communicate(timeout=120)
+        output = other.communicate(timeout=120)[1]
     except subprocess.TimeoutExpired:
         pytest.fail("the other process hangs")
     finally:
         other.kill()
     assert time.monotonic() - started < 120 and other.returncode != 0
+    assert "Traceback" not in output
     processes = start_hosts(tmp_path / "run", *LONG)
     program.wait_for(processes[0], "Resuming")
     program.wait_for(processes[0], "epoch")
