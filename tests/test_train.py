@@ -57,16 +57,12 @@ def uninterrupted(tmp_path_factory):
 def test_killed_at_a_random_step_it_ends_with_the_same_bits(uninterrupted, tmp_path):
     config, expected, reference, flags = uninterrupted
     workdir = tmp_path / "run"
-    kills = 0
-    for _ in range(3):
+    for epoch in (2, 5, 8):
         process = program.start(f"--workdir={workdir}", *flags)
-        for line in process.stderr:
-            if "epoch" in line and "/12" in line:
-                time.sleep(random.uniform(0, 0.5))
-                process.kill()
-                break
-        kills += process.wait() == -signal.SIGKILL
-    assert kills == 3
+        program.wait_for(process, f"epoch {epoch}/12")
+        time.sleep(random.uniform(0, 0.2))
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
     done = program.run(f"--workdir={workdir}", *flags)
     assert "Resuming" in done.stderr
     assert_same_bits(final_state(config, workdir), expected)
@@ -110,10 +106,9 @@ def test_a_normal_run_warns_of_nothing(tmp_path):
 @pytest.mark.parametrize("experiment", [quadratic, resnet18])
 def test_losses_are_the_same_on_one_and_on_four_devices(experiment, tmp_path):
     name = experiment.__name__.replace(".", "/") + ".py:digits"
-    # At learning rate 0.1 the ResNet multiplies any rounding error by ten a step.
-    flags = NO_DROPOUT if experiment is quadratic else (
-        "--config.optimizer.decay_epochs=(1,)", "--config.optimizer.learning_rate=0.001",
-    )  # fmt: skip
+    # At learning rate 0.1, and with Adam, the ResNet multiplies any rounding error by ten a step.
+    calm = ("--config.optimizer.name=sgd", "--config.optimizer.learning_rate=0.001")
+    flags = NO_DROPOUT if experiment is quadratic else ("--config.optimizer.decay_epochs=(1,)", *calm)
     losses = {}
     for devices in (1, 4):
         workdir = tmp_path / str(devices)
@@ -165,4 +160,4 @@ def test_bfloat16_trains(tmp_path):
 
 def test_attention_dropout_makes_the_dense_form_needed():
     with pytest.raises(UserError, match="factored"):
-        train.create_run(tiny(**{"model.mixing": "factored"}))
+        train.create_run(tiny(**{"model.mixing": "factored", "model.attention_dropout": 0.1}))
