@@ -34,7 +34,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: epath.Path, keep: int = 1, read_only: bool = False):
-        self.directory = directory
+        self.directory = directory = directory.resolve()  # orbax takes absolute paths only
         newest = preservation_policy.LatestN(keep)
         best = preservation_policy.BestN(get_metric_fn=_test_accuracy, n=1, keep_checkpoints_without_metrics=False)
         if read_only:

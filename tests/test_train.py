@@ -153,9 +153,13 @@ def test_evaluation_is_the_same_on_one_and_on_four_devices(uninterrupted):
     assert "test loss" in lines[0] and lines[0] == lines[1]
 
 
-def test_bfloat16_trains(tmp_path):
-    state = train.train(tiny(dtype="bfloat16", epochs=1), tmp_path / "run")
+def test_bfloat16_trains_and_keeps_float32_parameters(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = tiny(dtype="bfloat16", epochs=1)
+    state = train.train(config, "runs/relative")
+    assert train.create_run(config).model.dtype == jax.numpy.bfloat16
     assert all(p.dtype == np.float32 for p in jax.tree.leaves(state.params))
+    assert (tmp_path / "runs" / "relative" / "checkpoints" / "14").is_dir()
 
 
 def test_attention_dropout_makes_the_dense_form_needed():
