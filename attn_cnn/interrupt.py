@@ -2,19 +2,24 @@
 
 import logging
 import signal
+import threading
 
 log = logging.getLogger("attn_cnn")
 
 
 class Interrupt:
-    """While entered, the first Ctrl-C or SIGTERM sets `signal`; a second one stops the process at once."""
+    """While entered, the first Ctrl-C or SIGTERM sets `signal`; a second one stops the process at once.
+
+    Python takes signals on the main thread only: entered on another, it leaves them alone.
+    """
 
     def __init__(self):
         self.signal: int = 0
         self._former = {}
 
     def __enter__(self):
-        for number in (signal.SIGINT, signal.SIGTERM):
+        on_main_thread = threading.current_thread() is threading.main_thread()
+        for number in (signal.SIGINT, signal.SIGTERM) if on_main_thread else ():
             self._former[number] = signal.signal(number, self._receive)
         return self
 

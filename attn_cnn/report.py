@@ -13,6 +13,7 @@ from attn_cnn.model import create_model
 
 
 def count_parameters(params: dict) -> int:
+    """Numbers in a tree of arrays or shapes."""
     return sum(math.prod(p.shape) for p in jax.tree.leaves(params))
 
 
@@ -36,7 +37,7 @@ def paper_flops(model: ml_collections.ConfigDict) -> int:
 
 
 def compiled_flops(model: ml_collections.ConfigDict) -> float:
-    """FLOPs of one image's forward pass, counted by the compiler in what it made of it."""
+    """FLOPs of one image's evaluation in float32 (so factored, where it may be), as the compiler counts them."""
     module, variables = create_model(model), abstract_variables(model)
     images = jax.ShapeDtypeStruct((1, *model.image_shape), jnp.float32)
     compiled = jax.jit(module.apply).lower(variables, images).compile()

@@ -50,6 +50,7 @@ def _run(scale: str) -> ml_collections.ConfigDict:
 
 
 def attention(scale: str, encoding: str) -> ml_collections.ConfigDict:
+    """The attention model with one of `attn_cnn.positions.ENCODINGS`."""
     config = _run(scale)
     model = config.model
     model.name = "attention"
@@ -69,6 +70,7 @@ def attention(scale: str, encoding: str) -> ml_collections.ConfigDict:
 
 
 def resnet18(scale: str) -> ml_collections.ConfigDict:
+    """The convolutional baseline."""
     config = _run(scale)
     config.model.name = "resnet18"
     config.model.width = {"": 64, "small": 8, "digits": 16}[scale]
