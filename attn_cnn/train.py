@@ -487,7 +487,7 @@ def progress(done: int, total: int) -> Iterator[tqdm.tqdm]:
     """A progress line with the time left, on a terminal; log lines go above it."""
     show = sys.stderr.isatty() and jax.process_index() == 0
     bar = tqdm.tqdm(total=total, initial=done, unit="step", disable=not show)
-    with bar, tqdm.contrib.logging.logging_redirect_tqdm([log]):
+    with bar, tqdm.contrib.logging.logging_redirect_tqdm([log]) if show else contextlib.nullcontext():
         yield bar
 
 
