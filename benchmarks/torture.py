@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import tabulate
-from absl import app, flags
+from absl import app, flags, logging
 from etils import epath
 
 from attn_cnn import config as config_lib
@@ -92,6 +92,7 @@ def torture(name: str, kills: int, rng: random.Random, folder: Path) -> dict[str
 
 
 def main(_):
+    logging.set_verbosity(logging.FATAL)  # orbax tells of every restore
     rng = random.Random(SEED.value)
     with tempfile.TemporaryDirectory() as folder:
         rows = [torture(name, KILLS.value // len(RUNS), rng, Path(folder)) for name in RUNS]
