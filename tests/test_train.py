@@ -99,6 +99,7 @@ def test_a_normal_run_warns_of_nothing(tmp_path):
     done = program.run(f"--workdir={tmp_path}/run", "--config.epochs=2", PYTHONWARNINGS="default::UserWarning")
     beginnings = ("Starting", "epoch 1/2", "epoch 2/2", f"{tmp_path}/run is finished")
     lines = [line.split(" ", 1)[1] for line in done.stderr.splitlines()]
+    lines = [line for line in lines if not line.startswith("step ")]  # on a slow machine, every ten seconds
     assert len(lines) == 4 and all(map(str.startswith, lines, beginnings))
     assert done.stdout == ""
 
