@@ -1,5 +1,6 @@
 """Runs: the same on any number of devices, the same after any interruption, and each image counted once."""
 
+import functools
 import json
 import random
 import signal
@@ -11,7 +12,7 @@ import program
 import pytest
 from etils import epath
 
-from attn_cnn import data, train
+from attn_cnn import data, devices, train
 from attn_cnn.augment import normalize
 from attn_cnn.checkpoint import Checkpoints
 from attn_cnn.errors import UserError
@@ -111,13 +112,13 @@ def test_losses_are_the_same_on_one_and_on_four_devices(experiment, tmp_path):
     calm = ("--config.optimizer.name=sgd", "--config.optimizer.learning_rate=0.001")
     flags = NO_DROPOUT if experiment is quadratic else ("--config.optimizer.decay_epochs=(1,)", *calm)
     losses = {}
-    for devices in (1, 4):
-        workdir = tmp_path / str(devices)
+    for count in (1, 4):
+        workdir = tmp_path / str(count)
         program.run(
             f"--workdir={workdir}", "--config.epochs=2", "--config.log_every_steps=1", *flags,
-            config=name, devices=devices, tiny=experiment is quadratic,
+            config=name, devices=count, tiny=experiment is quadratic,
         )  # fmt: skip
-        losses[devices] = np.array(program.scalars(workdir, "train/loss"))
+        losses[count] = np.array(program.scalars(workdir, "train/loss"))
     assert len(losses[1]) == 28
     np.testing.assert_allclose(losses[1][:20], losses[4][:20], rtol=1e-5)
 
@@ -139,10 +140,24 @@ def test_evaluation_counts_each_image_once(batch):
     x = normalize(jax.numpy.asarray(images), run.spec.mean, run.spec.std)
     logits = np.asarray(run.model.apply({"params": state.params}, x), np.float64)
     log_probabilities = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    on_device = train.devices.replicate((images, labels))
-    result = train.create_evaluate(run, *on_device, Interrupt())(train.devices.replicate(state))
+    on_device = devices.replicate((images, labels))
+    result = train.create_evaluate(run, *on_device, Interrupt())(devices.replicate(state))
     assert result["accuracy"] == (logits.argmax(-1) == labels).mean()
     assert result["loss"] == pytest.approx(-log_probabilities[np.arange(len(labels)), labels].mean(), rel=1e-5)
+
+
+def test_a_step_moves_nothing_between_host_and_device():
+    config = tiny()
+    run, digits = train.create_run(config), data.load("digits")
+    step = devices.mapped(functools.partial(train.train_step, run=run), arguments=5, donate=(0,))
+    images, labels = devices.replicate((digits.train_images, digits.train_labels))
+    indices = devices.replicate(train.EpochOrder(run).batch(0))  # all that a step is given by the host
+    share = devices.share(config.batch_size)
+    state, _ = step(devices.replicate(train.create_state(run)), images, labels, indices, share)
+    with jax.transfer_guard("disallow_explicit"):
+        state, votes = step(state, images, labels, indices, share)
+        jax.block_until_ready(votes)
+    assert int(state.step) == 2
 
 
 def test_evaluation_is_the_same_on_one_and_on_four_devices(uninterrupted):
