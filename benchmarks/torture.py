@@ -1,6 +1,6 @@
 """Kills runs at random moments, many times, and looks for anything lost.
 
-    python -m benchmarks.torture            # about 25 minutes on 2 cores
+    python -m benchmarks.torture            # about 15 minutes on 2 cores
     python -m benchmarks.torture --kills=4  # a taste
 
 Each run is trained once in peace. Then the same command, in another workdir, is killed with SIGKILL again and again
@@ -70,14 +70,14 @@ def torture(name: str, kills: int, rng: random.Random, folder: Path) -> dict[str
     """One run's row of the report."""
     config, extra = RUNS[name]
     peaceful, tortured = folder / name / "peaceful", folder / name / "tortured"
-    program.run(*arguments(peaceful, extra), config=config, tiny=False)
+    program.run(*arguments(peaceful, extra), config=config, tiny=False, timeout=3600)
     during_writes = resumes = 0
     flags_ = arguments(tortured, extra)
     for kill in range(kills):
         during_writes += kill_once(config, flags_, tortured, kill % 2 == 1, rng)
         print(f"{name}: kill {kill + 1} of {kills}", file=sys.stderr)
         resumes += any(path.name.isdigit() for path in (tortured / "checkpoints").glob("*"))
-    output = program.run(*flags_, config=config, tiny=False).stderr
+    output = program.run(*flags_, config=config, tiny=False, timeout=3600).stderr
     assert "Resuming" in output or "is finished" in output, output
     same = jax.tree.map(np.array_equal, final_params(peaceful), final_params(tortured))
     metrics = [program.scalars(peaceful, tag) == program.scalars(tortured, tag) for tag in TAGS]
@@ -95,8 +95,10 @@ def main(_):
     logging.set_verbosity(logging.FATAL)  # orbax tells of every restore
     rng = random.Random(SEED.value)
     with tempfile.TemporaryDirectory() as folder:
-        rows = [torture(name, KILLS.value // len(RUNS), rng, Path(folder)) for name in RUNS]
-    print(tabulate.tabulate(rows, headers="keys", tablefmt="github"))
+        rows = []
+        for name in RUNS:
+            rows.append(torture(name, KILLS.value // len(RUNS), rng, Path(folder)))
+            print(tabulate.tabulate(rows, headers="keys", tablefmt="github"), flush=True)
     if any(row["parameters that differ"] or row["metrics that differ"] for row in rows):
         sys.exit(1)
 
