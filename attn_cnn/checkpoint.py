@@ -22,7 +22,7 @@ from flax import serialization, traverse_util
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from attn_cnn import devices
-from attn_cnn.errors import UserError
+from attn_cnn.errors import UserError, first_line
 
 log = logging.getLogger("attn_cnn")
 
@@ -127,18 +127,21 @@ class Checkpoints:
         except PermissionError as error:
             raise UserError(f"the checkpoint of step {step} may not be read: {error}") from None
         except Exception as error:  # orbax raises whatever the damaged file led to
-            return None, _first_line(error)
+            return None, first_line(error)
         return items["state"], None
 
     def _add_metrics(self, step: int, metrics: dict[str, float]) -> None:
         """Gives a checkpoint the metrics item that orbax would have written with it."""
-        with _explained("written", self.directory):
-            if jax.process_index() == 0:
+
+        def write():
+            with _explained("written", self.directory):
                 temporary = self.directory / str(step) / "metrics.tmp"
                 temporary.mkdir(exist_ok=True)
                 (temporary / "metrics").write_text(json.dumps(metrics))
                 temporary.rename(self.directory / str(step) / "metrics")
-        devices.on_every_host(self._manager.reload)
+
+        devices.on_every_host(lambda: write() if jax.process_index() == 0 else None)
+        self._manager.reload()
 
     def _drop_damaged_metrics(self) -> None:
         """A metrics item that is no JSON would keep orbax from opening any checkpoint; without, the step is evaluated
@@ -149,8 +152,9 @@ class Checkpoints:
             try:
                 float(json.loads((item / "metrics").read_text())["test_accuracy"])
             except (OSError, ValueError, KeyError, TypeError) as error:
-                log.warning("%s is damaged (%s): the step is evaluated anew.", item, _first_line(error))
-                item.rename(item.with_name(f"metrics.damaged-{uuid.uuid4().hex[:8]}"))
+                log.warning("%s is damaged (%s): the step is evaluated anew.", item, first_line(error))
+                with _explained("opened", self.directory):
+                    item.rename(item.with_name(f"metrics.damaged-{uuid.uuid4().hex[:8]}"))
 
     def _move_aside(self, steps: Iterable[int]) -> None:
         if not steps or self._read_only:
@@ -168,11 +172,7 @@ def _explained(done: str, directory: epath.Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise UserError(f"the checkpoints in {directory} cannot be {done}: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:300]
+        raise UserError(f"the checkpoints in {directory} cannot be {done}: {first_line(error)}") from error
 
 
 def _test_accuracy(metrics: dict[str, float]) -> float:

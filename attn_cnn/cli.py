@@ -74,9 +74,13 @@ def _parse(argv: list[str]) -> list[str]:
 
 def _check_file(argument: str) -> None:
     path = epath.Path(argument.partition(":")[0])
-    if not path.is_file() or "def get_config" not in path.read_text():
-        known = ", ".join(sorted(p.name for p in path.parent.glob("*.py") if "def get_config" in p.read_text()))
+    if not _is_config(path):
+        known = ", ".join(sorted(p.name for p in path.parent.glob("*.py") if _is_config(p)))
         raise UserError(f"{path} is no config; {path.parent} holds {known or 'none'}.")
+
+
+def _is_config(path: epath.Path) -> bool:
+    return path.is_file() and b"def get_config" in path.read_bytes()
 
 
 def _configure_log() -> None:

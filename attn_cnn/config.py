@@ -3,7 +3,6 @@
 `configs/` holds the values of the experiments; this module says which values mean something.
 """
 
-import contextlib
 import json
 import os
 import uuid
@@ -219,10 +218,17 @@ def save(config: ml_collections.ConfigDict, path: epath.Path) -> None:
         path.write_text(text)
         return
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-    temporary.write_text(text)
-    with contextlib.suppress(FileExistsError):
-        os.link(temporary, path)
-    temporary.unlink()
+    try:
+        temporary.write_text(text)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without hard links
+            if not path.exists():
+                temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load(path: epath.Path) -> ml_collections.ConfigDict:

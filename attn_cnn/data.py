@@ -24,7 +24,7 @@ from etils import epath
 from jaxtyping import Int, UInt8
 
 from attn_cnn import cache, tensorflow
-from attn_cnn.errors import UserError
+from attn_cnn.errors import UserError, first_line
 
 log = logging.getLogger("attn_cnn")
 
@@ -191,8 +191,7 @@ def _decode(prepared: epath.Path) -> Dataset:
             batch = builder.as_dataset(split=split, batch_size=-1)
         except Exception as error:  # TensorFlow raises its own types, one for each kind of damage
             raise UserError(
-                f"the data set in {prepared} is damaged: {str(error).splitlines()[0]} Delete the folder and "
-                "prepare it again."
+                f"the data set in {prepared} is damaged: {first_line(error)} Delete the folder and prepare it again."
             ) from None
         arrays += [batch["image"].numpy(), batch["label"].numpy().astype(np.int32)]
         if len(arrays[-1]) != builder.info.splits[split].num_examples:

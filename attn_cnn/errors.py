@@ -9,6 +9,11 @@ class UserError(Exception):
     """
 
 
+def first_line(error: Exception) -> str:
+    """What a foreign exception says, short enough to be part of a message."""
+    return (str(error) or type(error).__name__).splitlines()[0][:300]
+
+
 class Stopped(Exception):
     """A signal ended the run early, with everything saved; the exit status is 128 + `signal`."""
 

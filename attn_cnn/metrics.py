@@ -110,7 +110,7 @@ def _events(path: epath.Path) -> Iterator[Any]:
     while start + 12 <= len(content):
         length, crc = struct.unpack_from("<QI", content, start)
         payload = content[start + 12 : start + 12 + length]
-        (payload_crc,) = struct.unpack_from("<I", content[start + 12 + length :].ljust(4))
+        (payload_crc,) = struct.unpack_from("<I", content[start + 12 + length : start + 16 + length].ljust(4))
         intact = crc == masked_crc32c(content[start : start + 8]) and payload_crc == masked_crc32c(payload)
         if not intact:
             log.warning("%s is damaged or cut at byte %d: what follows in it is dropped.", path, start)

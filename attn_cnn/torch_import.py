@@ -8,10 +8,7 @@ workdir then evaluates, and resumes from that epoch with a fresh optimizer.
 PyTorch's Linear weights are (out, in), heads first on the axis that holds them; convolutions are (out, in, H, W).
 """
 
-import contextlib
 import os
-import zipfile
-import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,9 +22,10 @@ from etils import epath
 from flax import traverse_util
 
 from attn_cnn import cli, report, train
+from attn_cnn import config as config_lib
 from attn_cnn.checkpoint import Checkpoints
-from attn_cnn.errors import UserError
-from attn_cnn.workdir import claim
+from attn_cnn.errors import UserError, first_line
+from attn_cnn.workdir import open_workdir
 
 IGNORED = (".relative_indices", ".num_batches_tracked")  # buffers that hold no parameters
 
@@ -161,8 +159,8 @@ def read_checkpoint(path: epath.Path) -> tuple[dict[str, np.ndarray], int, float
         try:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 return dict(arrays), 0, None
-        except (ValueError, OSError, EOFError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
-            raise UserError(f"{path} is no .npz of plain arrays: {error}") from None
+        except Exception as error:  # NumPy raises whatever the file led to
+            raise UserError(f"{path} is no .npz of plain arrays: {first_line(error)}") from None
     try:
         import torch
     except ImportError:
@@ -172,8 +170,7 @@ def read_checkpoint(path: epath.Path) -> tuple[dict[str, np.ndarray], int, float
     try:
         content = torch.load(os.fspath(path), map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling raises whatever the file led to
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path} is no checkpoint that can be loaded safely: {reason}") from None
+        raise UserError(f"{path} is no checkpoint that can be loaded safely: {first_line(error)}") from None
     if not isinstance(content, dict) or "model_state_dict" not in content:
         raise UserError(f'{path} holds no "model_state_dict".')
     try:
@@ -191,7 +188,7 @@ def import_checkpoint(path: epath.Path, config: ml_collections.ConfigDict, workd
     run = train.create_run(config)
     state_dict, epochs, accuracy = read_checkpoint(path)
     variables = import_variables(state_dict, config.model)
-    if (workdir / "config.json").exists():
+    if (workdir / "config.json").exists() or any((workdir / "checkpoints").glob("[0-9]*")):
         raise UserError(f"{workdir} holds a run already; set another --workdir.")
     step = min(epochs, config.epochs) * run.steps_per_epoch
     state = train.create_state(run)
@@ -202,9 +199,10 @@ def import_checkpoint(path: epath.Path, config: ml_collections.ConfigDict, workd
     )
     state = state.replace(step=jnp.int32(step), opt_state=opt_state, **variables)
     metrics = None if accuracy is None else {"test_accuracy": accuracy}
-    with contextlib.ExitStack() as stack:
-        claim(workdir, config, stack)
-        stack.enter_context(Checkpoints(workdir / "checkpoints")).save(step, state, metrics)
+    # The config comes last: a run without a checkpoint would start from random weights.
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        checkpoints.save(step, state, metrics)
+    config_lib.save(config, workdir / "config.json")
     return step
 
 
@@ -215,7 +213,7 @@ def _counts_steps(part: Any) -> bool:
 def main(argv):
     if len(argv) != 2:
         raise UserError("name one checkpoint: python -m attn_cnn.torch_import CHECKPOINT --config=...")
-    step = import_checkpoint(epath.Path(argv[1]), flags.FLAGS.config, epath.Path(flags.FLAGS.workdir))
+    step = import_checkpoint(epath.Path(argv[1]), flags.FLAGS.config, open_workdir(flags.FLAGS.workdir))
     print(f"{flags.FLAGS.workdir} now holds {argv[1]}, at step {step}.")
 
 

@@ -309,7 +309,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> TrainSt
         stack.enter_context(jax.default_matmul_precision(config.matmul_precision))
         interrupt = stack.enter_context(Interrupt())
         devices.on_every_host(lambda: claim(workdir, config, stack) if jax.process_index() == 0 else None)
-        check_same_config(config)
+        check_same(config, workdir)
         checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", config.checkpoint.keep))
         restored = checkpoints.restore(abstract_state(run))
         step, state = restored or (0, create_state(run))
@@ -333,11 +333,13 @@ def load_data(config: ml_collections.ConfigDict) -> data.Dataset:
     return devices.on_every_host(lambda: first or load())
 
 
-def check_same_config(config: ml_collections.ConfigDict) -> None:
-    """Raises UserError unless all hosts were given the same config; they would train apart in silence."""
+def check_same(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
+    """Raises UserError unless all hosts have the same config and see the same workdir, which the first has claimed."""
     seen = devices.everywhere(zlib.crc32(config.to_json().encode()) & 0x7FFFFFFF)
     if len(set(seen.tolist())) > 1:
         raise UserError("the hosts were given different configs; start all of them with the same command.")
+    if not devices.everywhere((workdir / "config.json").exists()).all():
+        raise UserError(f"not all hosts see {workdir}, where the first wrote; set --workdir to what all of them reach.")
 
 
 def train_loop(
@@ -407,7 +409,7 @@ def check_finite(run: Run, state: TrainState, checkpoints: Checkpoints) -> None:
 def stopped(done: int, state: TrainState, checkpoints: Checkpoints, writer: Writer, interrupt: Interrupt) -> NoReturn:
     """Saves everything and raises Stopped."""
     try:
-        devices.on_every_host(writer.flush)
+        devices.on_every_host(writer.flush)  # first, or a kill in between would leave a gap in the metrics
     finally:
         if checkpoints.latest_step() != done:
             checkpoints.save(done, state)
@@ -465,7 +467,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict
     if not (workdir / "config.json").exists():
         raise UserError(f"{workdir} holds no run to evaluate; train one first, or set --workdir.")
     trained = config_lib.load(workdir / "config.json")
-    if lines := config_lib.differences(config, trained, only=("model.", "data.", "dtype", "matmul_precision")):
+    if lines := config_lib.differences(config, trained, only=("model.", "data.", "dtype", "matmul", "optimizer.name")):
         raise UserError(f"{workdir} holds a run of another model; its config differs:\n  " + "\n  ".join(lines))
     with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
         restored = checkpoints.restore(abstract_state(run))

@@ -13,19 +13,24 @@ import ml_collections
 from etils import epath
 
 from attn_cnn import config as config_lib
-from attn_cnn.errors import UserError
+from attn_cnn.errors import UserError, first_line
 
 log = logging.getLogger("attn_cnn")
 
-SCHEMES = ("gs", "s3")
+SCHEMES = ("gs",)  # that TensorFlow, and so epath, reads without more packages
 
 
 def open_workdir(path: epath.PathLike) -> epath.Path:
-    """The path of a workdir. Raises UserError where it is of a kind that cannot hold checkpoints."""
+    """The path of a workdir. Raises UserError where it cannot be reached or is of a kind that holds no checkpoints."""
     scheme, separator, _ = os.fspath(path).partition("://")
     if separator and scheme not in SCHEMES:
         raise UserError(f"the workdir {path} must be a local path, or one of {', '.join(s + '://' for s in SCHEMES)}.")
-    return epath.Path(path)
+    path = epath.Path(path)
+    try:
+        path.exists()
+    except Exception as error:  # each file system has errors of its own
+        raise UserError(f"the workdir {path} cannot be used: {first_line(error)}") from None
+    return path
 
 
 def claim(workdir: epath.Path, config: ml_collections.ConfigDict, stack: contextlib.ExitStack) -> None:
@@ -48,7 +53,7 @@ def claim(workdir: epath.Path, config: ml_collections.ConfigDict, stack: context
     except UserError:
         raise
     except Exception as error:  # each file system has errors of its own
-        raise UserError(f"the workdir {workdir} cannot be used: {error}") from None
+        raise UserError(f"the workdir {workdir} cannot be used: {first_line(error)}") from None
     if lines := config_lib.differences(config, config_lib.load(path)):
         raise UserError(
             f"{workdir} holds a run with another config; set another --workdir, or the fields as they were:\n  "

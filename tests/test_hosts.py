@@ -165,3 +165,9 @@ def test_what_stops_the_first_host_stops_the_others(two_hosts):
     statuses, (first, second) = finish(start_hosts(workdir, *FLAGS, "--config.seed=7"), timeout=100)
     assert statuses == [1, 1]
     assert "seed: 0 then, 7 now" in first and "process 0 cannot go on" in second
+
+
+def test_hosts_that_do_not_share_the_workdir_are_stopped(tmp_path):
+    elsewhere = (f"--workdir={tmp_path}/elsewhere",)
+    statuses, outputs = finish(start_hosts(tmp_path / "run", *FLAGS, flags_of_second=elsewhere), timeout=60)
+    assert statuses == [1, 1] and all("not all hosts see" in output for output in outputs), outputs

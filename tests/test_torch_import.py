@@ -200,3 +200,11 @@ def test_without_pytorch_the_message_says_what_to_do(tmp_path, monkeypatch):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match="nothing.npz does not exist"):
         read_checkpoint(epath.Path(tmp_path) / "nothing.npz")
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x02", b"PK\x03\x04", b"no checkpoint"])
+@pytest.mark.parametrize("name", ["model.npz", "model.checkpoint"])
+def test_a_file_that_is_no_checkpoint_is_refused(name, content, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=name):
+        read_checkpoint(epath.Path(tmp_path) / name)
