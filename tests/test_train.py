@@ -109,7 +109,7 @@ def test_a_normal_run_warns_of_nothing(tmp_path):
 def test_losses_are_the_same_on_one_and_on_four_devices(experiment, tmp_path):
     name = experiment.__name__.replace(".", "/") + ".py:digits"
     # At learning rate 0.1, and with Adam, the ResNet multiplies any rounding error by ten a step.
-    calm = ("--config.optimizer.name=sgd", "--config.optimizer.learning_rate=0.001")
+    calm = ("--config.optimizer.name=sgd", "--config.optimizer.learning_rate=0.0001")
     flags = NO_DROPOUT if experiment is quadratic else ("--config.optimizer.decay_epochs=(1,)", *calm)
     losses = {}
     for count in (1, 4):
