@@ -105,7 +105,7 @@ def test_a_checkpoint_of_some_hosts_is_resumed_by_others(first, second, two_host
         return [program.start(f"--workdir={workdir}", *FLAGS, devices=4)]
 
     processes = start(first)
-    program.wait_for(processes[0], "epoch 1/2")
+    program.wait_for(processes[0], "Starting")
     for process in processes:
         process.send_signal(signal.SIGTERM)
     statuses, outputs = finish(processes)
