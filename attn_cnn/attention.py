@@ -6,12 +6,13 @@ For separable encodings A_h = R_h (x) C_h, a row factor and a column factor, and
 O(heads * H * W * (H + W) * D) instead of O(heads * (H * W)^2 * D), with no approximation.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from attn_cnn import positions
 from attn_cnn.errors import UserError
@@ -36,40 +37,49 @@ def dense(features, fan_in: int, **kwargs) -> nn.DenseGeneral:
     return nn.DenseGeneral(features, kernel_init=init, bias_init=init, **kwargs)
 
 
-def joint(
-    row: Float[Array, "#batch heads #H #W H"], column: Float[Array, "#batch heads #H #W W"]
-) -> Float[Array, "batch heads H W H W"]:
+def joint(row: Float[Array, "#batch H #W H"], column: Float[Array, "#batch #H W W"]) -> Float[Array, "#batch H W H W"]:
     """A = R (x) C: probabilities over the whole grid from those over rows and over columns."""
     return row[..., :, None] * column[..., None, :]
 
 
 def mix_dense(
-    probabilities: Float[Array, "#batch heads H W H W"], x: Float[Array, "batch H W features"]
-) -> Float[Array, "batch H W heads features"]:
-    """y_h[q] = sum_k A_h[q, k] x[k]; without a batch axis of its own A is one matrix for all images."""
-    if probabilities.shape[0] == 1:
-        return jnp.einsum("hijkl,bkld->bijhd", probabilities[0], x)
-    return jnp.einsum("bhijkl,bkld->bijhd", probabilities, x)
+    probabilities: Float[Array, "#batch H W H W"], x: Float[Array, "batch H W features"]
+) -> Float[Array, "batch H W features"]:
+    """y[q] = sum_k A[q, k] x[k]; without a batch axis of its own A is one matrix for all images."""
+    batch, height, width, features = x.shape
+    pixels = height * width
+    A, x = probabilities.reshape(-1, pixels, pixels), x.reshape(batch, pixels, features)
+    if A.shape[0] == 1:  # one large product, with the pixels in front of the images
+        y = (A[0] @ x.swapaxes(0, 1).reshape(pixels, -1)).reshape(pixels, batch, features).swapaxes(0, 1)
+    else:
+        y = jnp.einsum("bqk,bkd->bqd", A, x)
+    return y.reshape(batch, height, width, features)
 
 
 def mix_factored(
-    row: Float[Array, "1 heads H 1 H"],
-    column: Float[Array, "1 heads 1 W W"],
-    x: Float[Array, "batch H W features"],
-) -> Float[Array, "batch H W heads features"]:
-    """The same sum, one grid axis at a time: (R_h (x) C_h) x = R_h (C_h x)."""
-    mixed = jnp.einsum("hjl,bkld->bkjhd", column[0, :, 0], x)
-    return jnp.einsum("hik,bkjhd->bijhd", row[0, :, :, 0], mixed)
+    row: Float[Array, "H H"], column: Float[Array, "W W"], x: Float[Array, "batch H W features"]
+) -> Float[Array, "batch H W features"]:
+    """The same sum, one grid axis at a time: (R (x) C) x = C (R x)."""
+    batch, height, width, _ = x.shape
+    # One small product for each image and row: with one for all of them, XLA would transpose x back and forth.
+    row = jnp.broadcast_to(row, (batch, height, height))
+    column = jnp.broadcast_to(column, (batch, height, width, width))
+    rows = jnp.einsum("bik,bkn->bin", row, x.reshape(batch, height, -1)).reshape(x.shape)
+    return jnp.einsum("bijl,bild->bijd", column, rows)
 
 
-@jax.checkpoint
-def mix_per_query(
-    row: Float[Array, "batch heads H W H"],
-    column: Float[Array, "batch heads H W W"],
-    x: Float[Array, "batch H W features"],
-) -> Float[Array, "batch H W heads features"]:
-    """Factors that differ from query to query: only they are kept for the backward pass, not their product."""
-    return mix_dense(joint(row, column), x)
+def sum_over_heads(head: Callable[[Any], Array], heads: Any, unroll: bool = False) -> Array:
+    """sum_h head(h) over the leading axis of `heads`, one head after another.
+
+    Memory holds one head's probabilities and mixed values, which the backward pass computes again.
+    """
+    shape = jax.eval_shape(head, jax.tree.map(lambda a: a[0], heads))
+
+    @jax.checkpoint
+    def add(total, of_head):
+        return total + head(of_head), None
+
+    return jax.lax.scan(add, jnp.zeros(shape.shape, shape.dtype), heads, unroll=unroll)[0]
 
 
 def default_embedding_size(encoding: str, features: int) -> int:
@@ -85,6 +95,19 @@ def embedding_tables(
     return module.param("row_embeddings", init, shape), module.param("column_embeddings", init, shape)
 
 
+class Linear(nn.Module):
+    """Kernel and bias of a linear map with PyTorch's initialisation, for who composes it with other maps."""
+
+    kernel: tuple[int, ...]
+    bias: tuple[int, ...]
+    fan_in: int
+
+    @nn.compact
+    def __call__(self) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+        init = fan_in_uniform(self.fan_in)
+        return self.param("kernel", init, self.kernel), self.param("bias", init, self.bias)
+
+
 class SelfAttention(nn.Module):
     """One attention layer, with any of the encodings.
 
@@ -95,9 +118,12 @@ class SelfAttention(nn.Module):
       embedding_size: width of the learned tables; 0: that of x, or half of it for encodings that halve the query.
       mixing: "factored", "dense", or "auto": factored wherever it is exact and no attention dropout is active.
         "factored" where it is not exact raises UserError.
-      dropout: rate on the probabilities. Position-only probabilities are one array for the whole batch, and
-        so is their mask, as in the paper's code.
+      dropout: rate at which a probability is dropped. Position-only probabilities are one array for the whole batch,
+        and so is their mask, as in the paper's code.
+      dropout_on: "probabilities", each by itself, or "factors": entries of R and C, so that whole rows and columns of
+        the grid drop out together and mixing stays factored. Both leave the expected probabilities as they are.
       dtype: of the computation; parameters and softmax are float32.
+      unroll: write out the heads one after another instead of looping over them.
     """
 
     encoding: str
@@ -106,77 +132,147 @@ class SelfAttention(nn.Module):
     embedding_size: int = 0
     mixing: str = "auto"
     dropout: float = 0.0
+    dropout_on: str = "probabilities"
     dtype: Any = jnp.float32
+    unroll: bool = False
 
     @nn.compact
     def __call__(
         self,
         x: Float[Array, "batch H W features"],
         tables: tuple[Float[Array, "shifts width"], Float[Array, "shifts width"]] | None = None,
+        output: tuple[Float[Array, "features out"], Float[Array, "out"]] | None = None,
         *,
         train: bool = False,
-    ) -> Float[Array, "batch H W features"]:
-        """Mixes the grid. `tables`: row and column embeddings shared between layers; without, the layer's own."""
+    ) -> Float[Array, "batch H W out"]:
+        """Mixes the grid, then applies the layer's value map and, if given, the linear map `output`.
+
+        `tables`: row and column embeddings shared between layers; without, the layer's own.
+        """
         features = x.shape[-1]
         x = x.astype(self.dtype)
-        dropping = train and self.dropout > 0
+        rate = self.dropout if train else 0.0
         separable = self.encoding in positions.SEPARABLE
-        exact = separable and not dropping
+        exact = separable and (rate == 0 or self.dropout_on == "factors")
         if self.mixing == "factored" and not exact:
             raise UserError(
                 f"the {self.encoding} encoding has no exact factors" + " under attention dropout." * separable
             )
-        factored = exact and self.mixing != "dense"
-        collecting = self.is_mutable_collection("intermediates")
+        factored = exact and self.mixing != "dense" and self.encoding in positions.POSITION_ONLY
 
-        scores = self._scores(x, tables)
-        if separable:
-            row, column = (jax.nn.softmax(term, axis=-1) for term in scores)
-            probabilities = joint(row, column) if collecting or not factored else None
-        else:
-            probabilities = jax.nn.softmax(scores, axis=(-2, -1))
-        if collecting:
-            self.sow("intermediates", "probabilities", probabilities)
+        heads = self._heads(features, tables)
+        if self.is_mutable_collection("intermediates"):
+            maps = jax.lax.map(lambda head: joined(head_probabilities(self.encoding, head, x)), heads)
+            self.sow("intermediates", "probabilities", jnp.moveaxis(maps, 0, 1))
 
-        if factored:
-            mix = mix_per_query if self.encoding == "learned_query" else mix_factored
-            mixed = mix(row.astype(self.dtype), column.astype(self.dtype), x)
-        else:
-            probabilities = nn.Dropout(self.dropout)(probabilities, deterministic=not dropping)
-            mixed = mix_dense(probabilities.astype(self.dtype), x)
-        fan_in = self.heads * features
-        return dense(features, fan_in, axis=(-2, -1), dtype=self.dtype, name="value")(mixed)
+        def mixed_by(head, key):
+            probabilities = head_probabilities(self.encoding, head, x)
+            if rate and self.dropout_on == "factors":
+                probabilities = drop_factors(key, rate, *probabilities)
+            if factored:
+                row, column = (factor.astype(self.dtype) for factor in probabilities)
+                return mix_factored(row[0, :, 0], column[0, 0], x)
+            probabilities = joined(probabilities)
+            if rate and self.dropout_on == "probabilities":
+                probabilities = drop(key, rate, probabilities)
+            return mix_dense(probabilities.astype(self.dtype), x)
 
-    def _scores(self, x, tables):
-        """Row and column scores, (1|B, heads, H, 1|W, H) and (1|B, heads, 1|H, W, W), where the encoding is
-        separable; else scores over the whole grid, (1|B, heads, H, W, H, W)."""
-        height, width, features = x.shape[1:]
+        def value_of(head):
+            head, value, key = head
+            # The sum over heads, like that over features, is in float32.
+            mixed = mixed_by(head, key).reshape(-1, features)
+            return jnp.einsum("nd,do->no", mixed, value, preferred_element_type=jnp.float32)
+
+        kernel, bias = Linear((self.heads, features, features), (features,), self.heads * features, name="value")()
+        # Two linear maps in a row are one; composing them pays where pixels far outnumber the rows of the kernel.
+        compose = output is not None and x.size // features > 2 * self.heads * features
+        if compose:
+            kernel, bias = kernel @ output[0], bias @ output[0] + output[1]
+        keys = jax.random.split(self.make_rng("dropout"), self.heads) if rate else None
+        y = sum_over_heads(value_of, (heads, kernel.astype(self.dtype), keys), self.unroll)
+        y = y.reshape(*x.shape[:-1], -1) + bias
+        if output is not None and not compose:
+            y = y.astype(self.dtype) @ output[0].astype(self.dtype) + output[1]
+        return y.astype(self.dtype)
+
+    def _heads(self, features, tables) -> dict[str, Array]:
+        """What the scores of each head depend on, beside x; the leading axis counts the heads."""
         if self.encoding.startswith("quadratic"):
-            centers = self.param("centers", nn.initializers.normal(CENTER_STD), (self.heads, 2))
-            if self.encoding == "quadratic_generalized":
-                spreads = self.param("spreads", spreads_init(jnp.eye(2)), (self.heads, 2, 2))
-                return positions.quadratic_generalized(centers, spreads, height, width)[None]
-            spreads = self.param("spreads", spreads_init(1.0), (self.heads,))
-            return _same_for_all_queries(*positions.quadratic(centers, spreads, height, width))
-
+            matrix = (2, 2) if self.encoding == "quadratic_generalized" else ()
+            return {
+                "center": self.param("centers", nn.initializers.normal(CENTER_STD), (self.heads, 2)),
+                "spread": self.param("spreads", spreads_init(jnp.eye(2) if matrix else 1.0), (self.heads, *matrix)),
+            }
         if tables is None:
-            width_of_tables = self.embedding_size or default_embedding_size(self.encoding, features)
-            tables = embedding_tables(self, self.max_side, width_of_tables)
+            width = self.embedding_size or default_embedding_size(self.encoding, features)
+            tables = embedding_tables(self, self.max_side, width)
+        heads = {}
         if self.encoding != "learned":
-            per_head = {"features": (self.heads, features), "fan_in": features, "dtype": self.dtype}
-            query = dense(**per_head, name="query")(x)
-        if self.encoding in ("learned", "learned_content_position"):
-            by_shift = [
-                dense(self.heads, table.shape[-1], use_bias=False, name=f"{axis}_head_keys")(table)
-                for axis, table in zip(("row", "column"), tables, strict=True)
-            ]
-            row, column = _same_for_all_queries(*positions.learned(*by_shift, height, width))
+            query, query_bias = self._per_head(features, "query")
+            scale = features**-0.5
+            query, query_bias = scale * query, scale * query_bias
+        if self.encoding in positions.HALVING:
+            for axis, table, half in zip(
+                ("row", "column"), tables, (slice(None, features // 2), slice(features // 2, None)), strict=True
+            ):
+                # q . r with q = Q^T x + c is x . (Q r) + c . r: few embeddings take the place of many pixels.
+                heads[f"{axis}_keys"] = jnp.einsum("dhf,sf->hsd", query[..., half], table)
+                heads[f"{axis}_biases"] = jnp.einsum("hf,sf->hs", query_bias[:, half], table)
         else:
-            row, column = positions.learned_query(query, *tables)
-        if self.encoding in positions.SEPARABLE:
-            return row, column
-        key = dense(**per_head, name="key")(x)
-        return positions.content(query, key) + row[..., :, None] + column[..., None, :]
+            for axis, table in zip(("row", "column"), tables, strict=True):
+                maps = dense(self.heads, table.shape[-1], use_bias=False, name=f"{axis}_head_keys")
+                heads[f"{axis}_scores"] = maps(table).T
+        if self.encoding in positions.CONTENT:
+            # Likewise q . k = (K Q^T x + K c) . x + ..., where what is left out is the same for all keys of a query,
+            # so that softmax does not see it; with it goes the key's bias, whose gradient is zero.
+            key, _ = self._per_head(features, "key")
+            heads["query"] = jnp.einsum("dhf,ehf->hde", query, key)
+            heads["query_bias"] = jnp.einsum("hf,ehf->he", query_bias, key)
+        return heads
+
+    def _per_head(self, features, name):
+        return Linear((features, self.heads, features), (self.heads, features), features, name=name)()
+
+
+def head_probabilities(
+    encoding: str, head: dict[str, Array], x: Float[Array, "batch H W features"]
+) -> tuple[Float[Array, "#batch H #W H"], Float[Array, "#batch #H W W"]] | Float[Array, "#batch H W H W"]:
+    """Of one head: the row and the column factor where the encoding is separable, else the whole."""
+    height, width = x.shape[1:3]
+    if encoding == "quadratic_generalized":
+        return jax.nn.softmax(positions.quadratic_generalized(**head, height=height, width=width)[None], (-2, -1))
+    if encoding == "quadratic":
+        row, column = positions.quadratic(**head, height=height, width=width)
+    elif encoding in positions.HALVING:
+        terms = {name: value for name, value in head.items() if name.startswith(("row", "column"))}
+        row, column = positions.learned_query(x, **terms)
+    else:
+        row, column = positions.learned(head["row_scores"], head["column_scores"], height, width)
+    if encoding in positions.POSITION_ONLY or encoding == "learned_content_position":
+        row, column = row[None, :, None, :], column[None, None, :, :]  # the same for all images and the other axis
+    if encoding in positions.SEPARABLE:
+        return jax.nn.softmax(row), jax.nn.softmax(column)
+    query = x @ head["query"].astype(x.dtype) + head["query_bias"].astype(x.dtype)
+    scores = positions.content(query, x) + row[..., :, None] + column[..., None, :]
+    return jax.nn.softmax(scores, axis=(-2, -1))
+
+
+def joined(probabilities) -> Float[Array, "#batch H W H W"]:
+    """Of factors their product, of the whole itself."""
+    return joint(*probabilities) if isinstance(probabilities, tuple) else probabilities
+
+
+def drop(key: Key[Array, ""], rate: float, values: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Each value zero with probability `rate`, else scaled up so that its expectation stays."""
+    kept = jax.random.bernoulli(key, 1 - rate, values.shape)
+    return jnp.where(kept, values / (1 - rate), 0)
+
+
+def drop_factors(key: Key[Array, ""], rate: float, row: Float[Array, "..."], column: Float[Array, "..."]):
+    """Drops entries of both factors, so that one of their product is dropped with probability `rate`."""
+    row_key, column_key = jax.random.split(key)
+    each = 1 - (1 - rate) ** 0.5
+    return drop(row_key, each, row), drop(column_key, each, column)
 
 
 def spreads_init(mean: float | Array) -> nn.initializers.Initializer:
@@ -186,11 +282,6 @@ def spreads_init(mean: float | Array) -> nn.initializers.Initializer:
         return mean + SPREAD_STD * jax.random.normal(key, shape, dtype)
 
     return init
-
-
-def _same_for_all_queries(row, column):
-    """Gives (heads, H, H) and (heads, W, W) the axes of batch and of the query's other coordinate."""
-    return row[None, :, :, None, :], column[None, :, None, :, :]
 
 
 def attention_maps(

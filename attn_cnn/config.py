@@ -90,6 +90,7 @@ MODEL_FIELDS = {
         "share_tables": _BOOLEAN,
         "dropout": _number(0, 1, below=True),
         "attention_dropout": _number(0, 1, below=True),
+        "attention_dropout_on": _choice("probabilities", "factors"),
     },
     "resnet18": IMAGE_FIELDS | {"width": _integer(1, 4096)},
 }
@@ -183,12 +184,17 @@ def _check_attention(model) -> None:
                 f"config.model.mixing is factored, but the {model.encoding} score is no sum of a row and a column "
                 "term, so its softmax has no factors; set mixing to auto or dense."
             )
-        if model.attention_dropout:
+        if model.attention_dropout and model.attention_dropout_on == "probabilities":
             raise UserError(
                 "config.model.mixing is factored, but dropout on the probabilities "
                 f"(config.model.attention_dropout is {model.attention_dropout}) breaks the product of factors; "
-                "set attention_dropout to 0 or mixing to auto."
+                "set attention_dropout to 0, attention_dropout_on to factors, or mixing to auto."
             )
+    if model.attention_dropout_on == "factors" and model.encoding not in positions.SEPARABLE:
+        raise UserError(
+            f"config.model.attention_dropout_on is factors, but the {model.encoding} encoding has none; "
+            "set it to probabilities."
+        )
 
 
 def _check_fields(values: dict, fields: dict[str, Field], prefix: str) -> None:

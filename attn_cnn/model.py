@@ -13,7 +13,7 @@ import ml_collections
 from jaxtyping import Array, Float
 
 from attn_cnn import config as config_lib
-from attn_cnn.attention import SelfAttention, default_embedding_size, dense, embedding_tables
+from attn_cnn.attention import Linear, SelfAttention, default_embedding_size, dense, embedding_tables
 from attn_cnn.resnet import ResNet18
 
 LAYER_NORM_EPSILON = 1e-12
@@ -46,8 +46,8 @@ class EncoderLayer(nn.Module):
     ) -> Float[Array, "batch H W features"]:
         size = x.shape[-1]
         drop = nn.Dropout(self.dropout, deterministic=not train)
-        a = SelfAttention(**self.attention, dtype=self.dtype, name="attention")(x, tables, train=train)
-        a = dense(size, size, dtype=self.dtype, name="attention_output")(a)
+        output = Linear((size, size), (size,), size, name="attention_output")()
+        a = SelfAttention(**self.attention, dtype=self.dtype, name="attention")(x, tables, output, train=train)
         x = layer_norm("attention_norm")(x + drop(a))
         m = dense(self.mlp_size, size, dtype=self.dtype, name="mlp_in")(x)
         m = dense(size, self.mlp_size, dtype=self.dtype, name="mlp_out")(nn.gelu(m, approximate=False))
@@ -108,6 +108,7 @@ def create_model(model: ml_collections.ConfigDict, dtype: str = "float32", axis_
         "embedding_size": model.embedding_size,
         "mixing": model.mixing,
         "dropout": model.attention_dropout,
+        "dropout_on": model.attention_dropout_on,
     }
     return Classifier(
         attention=attention,

@@ -9,7 +9,8 @@ import ml_collections
 import tabulate
 from flax import traverse_util
 
-from attn_cnn.model import create_model
+from attn_cnn.attention import Linear
+from attn_cnn.model import Classifier, create_model
 
 
 def count_parameters(params: dict) -> int:
@@ -18,7 +19,10 @@ def count_parameters(params: dict) -> int:
 
 
 def paper_flops(model: ml_collections.ConfigDict) -> int:
-    """FLOPs of one image: 2 x multiply-adds of the Linear and convolution layers, mixing left out."""
+    """FLOPs of one image: 2 x multiply-adds of the Linear and convolution layers, mixing left out.
+
+    The layers count as the paper has them, composed here or not.
+    """
     total = 0
 
     def count(next_call, args, kwargs, context):
@@ -26,9 +30,10 @@ def paper_flops(model: ml_collections.ConfigDict) -> int:
         out = next_call(*args, **kwargs)
         if isinstance(context.module, (nn.DenseGeneral, nn.Conv)):
             kernel = context.module.variables["params"]["kernel"]
-            features = context.module.features
-            features = math.prod(features) if isinstance(features, tuple) else features
-            total += 2 * math.prod(out.shape) * math.prod(kernel.shape) // features
+            total += 2 * math.prod(out.shape) * math.prod(kernel.shape) // context.module.features
+        elif isinstance(context.module, Linear):  # of a layer, for every pixel of its grid
+            height, width, _ = model.image_shape
+            total += 2 * (height // model.patch) * (width // model.patch) * math.prod(out[0].shape)
         return out
 
     with nn.intercept_methods(count):
@@ -38,10 +43,17 @@ def paper_flops(model: ml_collections.ConfigDict) -> int:
 
 def compiled_flops(model: ml_collections.ConfigDict) -> float:
     """FLOPs of one image's evaluation in float32 (so factored, where it may be), as the compiler counts them."""
-    module, variables = create_model(model), abstract_variables(model)
+    module, variables = unrolled(create_model(model)), abstract_variables(model)
     images = jax.ShapeDtypeStruct((1, *model.image_shape), jnp.float32)
     compiled = jax.jit(module.apply).lower(variables, images).compile()
     return compiled.cost_analysis()["flops"]
+
+
+def unrolled(module: nn.Module) -> nn.Module:
+    """The same module without loops, of whose rounds the compiler counts one."""
+    if isinstance(module, Classifier):
+        module = module.clone(attention={**module.attention, "unroll": True})
+    return module
 
 
 def abstract_variables(model: ml_collections.ConfigDict) -> dict:

@@ -42,6 +42,7 @@ class Golden:
             "share_tables": False,
             "dropout": 0.0,
             "attention_dropout": 0.0,
+            "attention_dropout_on": "probabilities",
         }
         return ml_collections.ConfigDict(fields | changes)
 

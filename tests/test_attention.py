@@ -82,19 +82,24 @@ def test_factored_and_dense_agree_on_a_grid_that_is_not_square(encoding):
     jax.tree.map(assert_close, factored_grads, dense_grads)
 
 
-def test_auto_is_factored_unless_attention_dropout_is_active(monkeypatch):
-    calls = []
+def test_auto_is_factored_unless_dropout_falls_on_the_probabilities(monkeypatch):
+    calls = set()
     for name in ("mix_factored", "mix_dense"):
         mix = getattr(attention, name)
-        monkeypatch.setattr(attention, name, lambda *a, n=name, f=mix: (calls.append(n), f(*a))[1])
+        monkeypatch.setattr(attention, name, lambda *a, n=name, f=mix: (calls.add(n), f(*a))[1])
     x = jnp.ones((1, 4, 4, 3))
-    layer = SelfAttention("quadratic", 2, dropout=0.5)
-    params = layer.init(jax.random.key(0), x)
-    calls.clear()
-    layer.apply(params, x)
-    layer.apply(params, x, train=True, rngs={"dropout": jax.random.key(0)})
-    SelfAttention("quadratic", 2).apply(params, x, train=True)
-    assert calls == ["mix_factored", "mix_dense", "mix_factored"]
+    params = SelfAttention("quadratic", 2).init(jax.random.key(0), x)
+
+    def forms(train, **attributes):
+        calls.clear()
+        layer = SelfAttention("quadratic", 2, **attributes)
+        layer.apply(params, x, train=train, rngs={"dropout": jax.random.key(0)})
+        return calls
+
+    assert forms(train=True) == {"mix_factored"}
+    assert forms(train=False, dropout=0.5) == {"mix_factored"}
+    assert forms(train=True, dropout=0.5) == {"mix_dense"}
+    assert forms(train=True, dropout=0.5, dropout_on="factors") == {"mix_factored"}
 
 
 def test_dropout_falls_on_the_probabilities():
