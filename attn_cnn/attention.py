@@ -6,12 +6,14 @@ For separable encodings A_h = R_h (x) C_h, a row factor and a column factor, and
 O(heads * H * W * (H + W) * D) instead of O(heads * (H * W)^2 * D), with no approximation.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
 from attn_cnn import positions
@@ -19,6 +21,7 @@ from attn_cnn.errors import UserError
 
 CENTER_STD = 2.0
 SPREAD_STD = 0.01
+KEPT = "kept for the backward pass"  # what costs a matrix product of the grid's size to compute
 
 
 def fan_in_uniform(fan_in: int) -> nn.initializers.Initializer:
@@ -53,7 +56,7 @@ def mix_dense(
         y = (A[0] @ x.swapaxes(0, 1).reshape(pixels, -1)).reshape(pixels, batch, features).swapaxes(0, 1)
     else:
         y = jnp.einsum("bqk,bkd->bqd", A, x)
-    return y.reshape(batch, height, width, features)
+    return checkpoint_name(y.reshape(batch, height, width, features), KEPT)
 
 
 def mix_factored(
@@ -71,11 +74,11 @@ def mix_factored(
 def sum_over_heads(head: Callable[[Any], Array], heads: Any, unroll: bool = False) -> Array:
     """sum_h head(h) over the leading axis of `heads`, one head after another.
 
-    Memory holds one head's probabilities and mixed values, which the backward pass computes again.
+    What the backward pass needs of a head it computes again, but for arrays named KEPT.
     """
     shape = jax.eval_shape(head, jax.tree.map(lambda a: a[0], heads))
 
-    @jax.checkpoint
+    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(KEPT))
     def add(total, of_head):
         return total + head(of_head), None
 
@@ -245,16 +248,16 @@ def head_probabilities(
         row, column = positions.quadratic(**head, height=height, width=width)
     elif encoding in positions.HALVING:
         terms = {name: value for name, value in head.items() if name.startswith(("row", "column"))}
-        row, column = positions.learned_query(x, **terms)
+        row, column = checkpoint_name(positions.learned_query(x, **terms), KEPT)
     else:
         row, column = positions.learned(head["row_scores"], head["column_scores"], height, width)
     if encoding in positions.POSITION_ONLY or encoding == "learned_content_position":
         row, column = row[None, :, None, :], column[None, None, :, :]  # the same for all images and the other axis
     if encoding in positions.SEPARABLE:
         return jax.nn.softmax(row), jax.nn.softmax(column)
-    query = x @ head["query"].astype(x.dtype) + head["query_bias"].astype(x.dtype)
+    query = checkpoint_name(x @ head["query"].astype(x.dtype) + head["query_bias"].astype(x.dtype), KEPT)
     scores = positions.content(query, x) + row[..., :, None] + column[..., None, :]
-    return jax.nn.softmax(scores, axis=(-2, -1))
+    return checkpoint_name(jax.nn.softmax(scores, axis=(-2, -1)), KEPT)
 
 
 def joined(probabilities) -> Float[Array, "#batch H W H W"]:

@@ -69,17 +69,16 @@ def learned_query(
 ) -> tuple[Float[Array, "batch H W H"], Float[Array, "batch H W W"]]:
     """q[i, j] . (r_row[d_row] (+) r_col[d_col]) / sqrt(D) (Ramachandran et al. 2019, section 3).
 
-    With q = Q^T x + c this is x . (Q r) + c . r: the query is projected onto the tables (see `table_keys`) instead of
-    the tables' embeddings meeting every pixel's query.
+    With q = Q^T x + c this is x . (Q r) + c . r; the keys are Q r and the biases c . r, divided by sqrt(D).
     """
-
-    def term(keys, biases, side, letters):
-        keys = _along(keys, side).astype(x.dtype)
-        return jnp.einsum(letters, x, keys, preferred_element_type=jnp.float32)
-
+    keys = jnp.concatenate([row_keys, column_keys]).astype(x.dtype)
+    by_shift = jnp.einsum("bijd,sd->bijs", x, keys, preferred_element_type=jnp.float32)
+    rows, columns = jnp.split(by_shift + jnp.concatenate([row_biases, column_biases]), 2, axis=-1)
     height, width = x.shape[1:3]
-    row = term(row_keys, row_biases, height, "bijd,ikd->bijk") + _along(row_biases, height)[:, None, :]
-    column = term(column_keys, column_biases, width, "bijd,jld->bijl") + _along(column_biases, width)
+    # A product with 0 and 1 looks up by shift: the gradient of indexing would be a scatter, slow on every device.
+    one_hot = jnp.eye(len(row_keys))
+    row = jnp.einsum("bijs,iks->bijk", rows, _along(one_hot, height), precision="highest")
+    column = jnp.einsum("bijs,jls->bijl", columns, _along(one_hot, width), precision="highest")
     return row, column
 
 
@@ -87,4 +86,7 @@ def content(
     query: Float[Array, "batch H W features"], key: Float[Array, "batch H W features"]
 ) -> Float[Array, "batch H W H W"]:
     """q[i, j] . k[k, l], the query already divided by sqrt(D) (Vaswani et al. 2017)."""
-    return jnp.einsum("bijd,bkld->bijkl", query, key, preferred_element_type=jnp.float32)
+    batch, height, width, features = query.shape
+    query, key = query.reshape(batch, -1, features), key.reshape(batch, -1, features)
+    scores = jnp.einsum("bqd,bkd->bqk", query, key, preferred_element_type=jnp.float32)
+    return scores.reshape(batch, height, width, height, width)
