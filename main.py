@@ -10,6 +10,7 @@ flags.DEFINE_string("workdir", None, "Where the run lives. Default: runs/<config
 flags.DEFINE_string("coordinator_address", None, "host:port of process 0, where JAX finds no cluster by itself.")
 flags.DEFINE_integer("num_processes", None, "How many processes take part, where JAX finds no cluster by itself.")
 flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+flags.DEFINE_boolean("profile", False, "Write a trace of a few training steps to <workdir>/profile.")
 flags.DEFINE_enum("mode", "train", ["train", "evaluate", "describe"], "What to do.")
 
 
@@ -19,7 +20,7 @@ def main(_):
     devices.initialize(FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id)
     workdir = FLAGS.workdir or default_workdir(cli.config_name())
     if FLAGS.mode == "train":
-        train.train(FLAGS.config, workdir)
+        train.train(FLAGS.config, workdir, FLAGS.profile)
     elif FLAGS.mode == "evaluate":
         train.evaluate(FLAGS.config, workdir)
     else:

@@ -33,6 +33,7 @@ from attn_cnn.errors import Stopped, UserError
 from attn_cnn.interrupt import Interrupt
 from attn_cnn.metrics import Writer
 from attn_cnn.model import create_model
+from attn_cnn.profile import Profile
 from attn_cnn.workdir import claim, open_workdir
 
 log = logging.getLogger("attn_cnn")
@@ -296,8 +297,10 @@ class Clock:
         return f"{tqdm.tqdm.format_interval(seconds)} left"
 
 
-def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> TrainState:
+def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, profile: bool = False) -> TrainState:
     """Trains to the end, from the newest checkpoint in `workdir` if there is one.
+
+    `profile`: a trace of a few steps goes to `workdir`/profile.
 
     Raises:
       UserError: the config, the data set or the workdir is not usable, or the loss is not finite.
@@ -321,7 +324,8 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> TrainSt
             begin = f"Resuming {workdir} at step {step} of" if step else f"Starting {workdir}:"
             log.info("%s %d steps.", begin, run.total_steps)
             writer = stack.enter_context(Writer(workdir / "metrics", step, evaluated))
-            state, accuracy = train_loop(run, state, evaluated, dataset, checkpoints, writer, interrupt)
+            profiler = stack.enter_context(Profile(workdir / "profile" if profile else None))
+            state, accuracy = train_loop(run, state, evaluated, dataset, checkpoints, writer, profiler, interrupt)
     log.info("%s is finished: %d steps, test accuracy %.4f.", workdir, run.total_steps, accuracy)
     return state
 
@@ -349,6 +353,7 @@ def train_loop(
     dataset: data.Dataset,
     checkpoints: Checkpoints,
     writer: Writer,
+    profiler: Profile,
     interrupt: Interrupt,
 ) -> tuple[TrainState, float]:
     """From the state's step to the last. `evaluated`: the epoch that ends with the state's step has been evaluated.
@@ -356,6 +361,7 @@ def train_loop(
     Returns the last state and its test accuracy.
     """
     config, done = run.config, int(state.step)
+    first = done + 1
     images, labels, *test_set = devices.replicate(tuple(dataset))
     state = devices.replicate(state)
     evaluate = create_evaluate(run, *test_set, interrupt)
@@ -382,7 +388,11 @@ def train_loop(
             indices = devices.replicate(order.batch(done))
             state, votes = step(state, images, labels, indices, stop.share())
             stopping = stop.agreed(votes)
+            profiler.step(votes)
             done, batch, evaluated = done + 1, batch + 1, False
+            if done == first:
+                jax.block_until_ready(votes)
+                log.info("Compiled; step %d is done.", done)
             clock.tick()
             bar.update()
 

@@ -1,0 +1,43 @@
+"""A trace of a few training steps, which TensorBoard's profile plugin and ui.perfetto.dev open."""
+
+import logging
+import os
+
+import jax
+from etils import epath
+from jaxtyping import Array
+
+log = logging.getLogger("attn_cnn")
+
+FIRST, LAST = 3, 12  # steps after the start, when everything is compiled
+
+
+class Profile:
+    """Writes steps FIRST to LAST of this start to `directory`; None writes nothing."""
+
+    def __init__(self, directory: epath.Path | None):
+        self._directory, self._steps, self._tracing = directory, 0, False
+
+    def step(self, result: Array) -> None:
+        """A step was dispatched, and gives `result`."""
+        self._steps += 1
+        if self._directory is None or self._steps not in (FIRST - 1, LAST):
+            return
+        jax.block_until_ready(result)
+        if self._tracing:
+            self._stop()
+        else:
+            jax.profiler.start_trace(os.fspath(self._directory))
+            self._tracing = True
+
+    def _stop(self) -> None:
+        jax.profiler.stop_trace()
+        self._tracing = False
+        log.info("A trace of %d steps is in %s.", LAST - FIRST + 1, self._directory)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self._tracing:  # the run ended, or was stopped, before the last of the steps
+            self._stop()

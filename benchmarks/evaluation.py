@@ -1,0 +1,24 @@
+"""Paper-scale evaluation against that of a network with 3x3 convolutions: python -m benchmarks.evaluation"""
+
+from absl import app, flags
+
+from benchmarks import common
+
+GRID = flags.DEFINE_integer("grid", 16, "Side of the grid.")
+BATCH = flags.DEFINE_integer("batch", 100, "Images at a time.")
+ROUNDS = flags.DEFINE_integer("rounds", 7, "Batches of each side.")
+
+
+def main(_):
+    run = lambda experiment: common.paper_run(experiment, GRID.value, BATCH.value)  # noqa: E731
+    sides = {
+        "convolution": common.evaluation_side(run("quadratic"), common.Convolution),
+        "quadratic": common.evaluation_side(run("quadratic")),
+        "learned": common.evaluation_side(run("learned")),
+        "matmul": common.matmul_side(),
+    }
+    print(common.table(sides, common.alternate(sides, ROUNDS.value), "convolution"))
+
+
+if __name__ == "__main__":
+    app.run(main)
