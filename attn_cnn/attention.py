@@ -34,10 +34,10 @@ def fan_in_uniform(fan_in: int) -> nn.initializers.Initializer:
     return init
 
 
-def dense(features, fan_in: int, **kwargs) -> nn.DenseGeneral:
-    """A Linear with PyTorch's initialisation; `features` may be a tuple, `axis` several axes of the input."""
+def dense(features: int, fan_in: int, **kwargs) -> nn.Dense:
+    """A Linear with PyTorch's initialisation."""
     init = fan_in_uniform(fan_in)
-    return nn.DenseGeneral(features, kernel_init=init, bias_init=init, **kwargs)
+    return nn.Dense(features, kernel_init=init, bias_init=init, **kwargs)
 
 
 def joint(row: Float[Array, "#batch H #W H"], column: Float[Array, "#batch #H W W"]) -> Float[Array, "#batch H W H W"]:
@@ -155,13 +155,7 @@ class SelfAttention(nn.Module):
         features = x.shape[-1]
         x = x.astype(self.dtype)
         rate = self.dropout if train else 0.0
-        separable = self.encoding in positions.SEPARABLE
-        exact = separable and (rate == 0 or self.dropout_on == "factors")
-        if self.mixing == "factored" and not exact:
-            raise UserError(
-                f"the {self.encoding} encoding has no exact factors" + " under attention dropout." * separable
-            )
-        factored = exact and self.mixing != "dense" and self.encoding in positions.POSITION_ONLY
+        factored = self._is_factored(rate)
 
         heads = self._heads(features, tables)
         if self.is_mutable_collection("intermediates"):
@@ -197,6 +191,18 @@ class SelfAttention(nn.Module):
         if output is not None and not compose:
             y = y.astype(self.dtype) @ output[0].astype(self.dtype) + output[1]
         return y.astype(self.dtype)
+
+    def _is_factored(self, rate) -> bool:
+        """Whether mixing goes one grid axis at a time; learned_query's factors, one pair a query, are multiplied."""
+        separable = self.encoding in positions.SEPARABLE
+        exact = separable and (rate == 0 or self.dropout_on == "factors")
+        if self.dropout_on == "factors" and not separable:
+            raise UserError(f"the {self.encoding} encoding has no factors to drop.")
+        if self.mixing == "factored" and not exact:
+            raise UserError(
+                f"the {self.encoding} encoding has no exact factors" + " under attention dropout." * separable
+            )
+        return exact and self.mixing != "dense" and self.encoding in positions.POSITION_ONLY
 
     def _heads(self, features, tables) -> dict[str, Array]:
         """What the scores of each head depend on, beside x; the leading axis counts the heads."""

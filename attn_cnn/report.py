@@ -28,7 +28,7 @@ def paper_flops(model: ml_collections.ConfigDict) -> int:
     def count(next_call, args, kwargs, context):
         nonlocal total
         out = next_call(*args, **kwargs)
-        if isinstance(context.module, (nn.DenseGeneral, nn.Conv)):
+        if isinstance(context.module, (nn.Dense, nn.Conv)):
             kernel = context.module.variables["params"]["kernel"]
             total += 2 * math.prod(out.shape) * math.prod(kernel.shape) // context.module.features
         elif isinstance(context.module, Linear):  # of a layer, for every pixel of its grid

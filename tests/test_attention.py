@@ -1,6 +1,7 @@
 """Attention layers: the factored form is the dense form, and both are a softmax over the whole grid."""
 
 import functools
+import math
 
 import flax.linen as nn
 import jax
@@ -114,15 +115,69 @@ def test_dropout_falls_on_the_probabilities():
     np.testing.assert_array_equal(y[0], y[1])  # one mask for the whole batch
 
 
+def test_dropout_on_factors_drops_whole_rows_and_columns_at_the_same_rate():
+    rate, side = 0.3, 40
+    row, column = jnp.ones((1, side, 1, side)), jnp.ones((1, 1, side, side))
+    product = attention.joint(*attention.drop_factors(jax.random.key(0), rate, row, column))
+    assert np.mean(product == 0) == pytest.approx(rate, abs=0.02)
+    np.testing.assert_allclose(product[product > 0], 1 / (1 - rate), rtol=1e-5)
+    assert np.mean(product) == pytest.approx(1, abs=0.03)  # the expectation is unchanged
+    by_query = np.asarray(product[0]).reshape(side**2, side, side) == 0
+    np.testing.assert_array_equal(by_query, by_query.all(2, keepdims=True) | by_query.all(1, keepdims=True))
+
+
+@pytest.mark.parametrize("encoding", positions.SEPARABLE)
+def test_dropout_on_factors_is_the_same_in_the_factored_and_the_dense_form(encoding):
+    x = jax.random.normal(jax.random.key(0), (3, 4, 7, 6))
+    layers = [
+        SelfAttention(encoding, heads=5, max_side=7, mixing=mixing, dropout=0.5, dropout_on="factors")
+        for mixing in ("factored", "dense")
+    ]
+    params = layers[0].init(jax.random.key(1), x)
+    factored, dense = (layer.apply(params, x, train=True, rngs={"dropout": jax.random.key(2)}) for layer in layers)
+    assert_close(factored, dense)
+    assert np.abs(factored - layers[0].apply(params, x)).max() > 0.01
+
+
+def test_an_output_map_is_applied_whether_composed_with_the_value_or_not():
+    layer = SelfAttention("quadratic", heads=2)
+    output = tuple(jax.random.normal(jax.random.key(3), shape) for shape in ((6, 5), (5,)))
+    for side in (2, 8):  # 4 pixels are fewer, and 64 more, than twice the kernel's 12 rows
+        x = jax.random.normal(jax.random.key(0), (1, side, side, 6))
+        params = layer.init(jax.random.key(1), x)
+        assert_close(layer.apply(params, x, None, output), layer.apply(params, x) @ output[0] + output[1])
+
+
+@pytest.mark.parametrize("mixing", ["factored", "dense"])
+def test_memory_does_not_grow_with_the_number_of_heads(mixing):
+    x = jax.ShapeDtypeStruct((64, 8, 8, 8), jnp.float32)
+
+    def temporaries(heads):
+        layer = SelfAttention("quadratic", heads, mixing=mixing)
+        params = jax.eval_shape(layer.init, jax.random.key(0), jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype))
+        gradient = jax.grad(lambda params, x: jnp.square(layer.apply(params, x)).sum(), (0, 1))
+        return jax.jit(gradient).lower(params, x).compile().memory_analysis().temp_size_in_bytes
+
+    kept = math.prod(x.shape) * 4 * 14 if mixing == "dense" else 0  # what 14 more heads mixed
+    assert temporaries(16) - kept < 1.5 * temporaries(2)
+
+
 @pytest.mark.parametrize("encoding", ["quadratic_generalized", "learned_content", "learned_content_position"])
 def test_factored_is_refused_where_it_is_not_exact(encoding):
     with pytest.raises(UserError, match=f"factored.*{encoding}"):
         create_model(Golden(encoding).model("factored"))
 
 
-def test_factored_is_refused_with_attention_dropout():
+def test_factored_is_refused_with_dropout_on_the_probabilities():
     with pytest.raises(UserError, match=r"attention_dropout is 0\.1"):
         create_model(Golden("quadratic").model("factored", attention_dropout=0.1))
+    create_model(Golden("quadratic").model("factored", attention_dropout=0.1, attention_dropout_on="factors"))
+
+
+@pytest.mark.parametrize("encoding", ["quadratic_generalized", "learned_content", "learned_content_position"])
+def test_dropout_on_factors_is_refused_where_there_are_none(encoding):
+    with pytest.raises(UserError, match=f"attention_dropout_on is factors.*{encoding}"):
+        create_model(Golden(encoding).model(attention_dropout_on="factors"))
 
 
 def test_attention_maps_of_a_model_without_attention():

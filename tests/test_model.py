@@ -1,11 +1,16 @@
 """The classifier: its patches, its parameters, its initialisation, its dtypes."""
 
+import importlib
+
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import traverse_util
 from golden import Golden
+from test_config import EXPERIMENTS
 
 from attn_cnn import positions
 from attn_cnn.errors import UserError
@@ -105,6 +110,27 @@ def test_bfloat16_computes_close_to_float32_from_float32_parameters(encoding):
     expected = jax.jit(reference.apply)(params, golden.images)
     assert logits.dtype == jnp.float32
     assert 0 < np.abs(logits - expected).max() < 0.05 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_in_bfloat16_the_loss_of_every_config_is_within_a_thousandth_and_its_gradients_within_3_percent(experiment):
+    config = importlib.import_module(f"configs.{experiment}").get_config("digits")
+    images = jax.random.normal(jax.random.key(0), (8, *config.model.image_shape))
+    variables = create_model(config.model).init(jax.random.key(1), images)
+
+    def loss_and_gradients(dtype):
+        model = create_model(config.model, dtype)
+
+        def loss(params):
+            logits = model.apply(variables | {"params": params}, images)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.arange(8)).mean()
+
+        value, gradients = jax.jit(jax.value_and_grad(loss))(variables["params"])
+        return value, jax.flatten_util.ravel_pytree(gradients)[0]
+
+    (loss, gradients), (expected, expected_gradients) = map(loss_and_gradients, ("bfloat16", "float32"))
+    assert abs(loss - expected) < 1e-3 * expected
+    assert jnp.linalg.norm(gradients - expected_gradients) < 0.03 * jnp.linalg.norm(expected_gradients)
 
 
 def test_resnet_halves_the_grid_three_times_and_keeps_statistics():
