@@ -181,8 +181,8 @@ class SelfAttention(nn.Module):
             return jnp.einsum("nd,do->no", mixed, value, preferred_element_type=jnp.float32)
 
         kernel, bias = Linear((self.heads, features, features), (features,), self.heads * features, name="value")()
-        # Two linear maps in a row are one; composing them pays where pixels far outnumber the rows of the kernel.
-        compose = output is not None and x.size // features > 2 * self.heads * features
+        # Two linear maps in a row are one; composing them pays where there are more pixels than rows of the kernel.
+        compose = output is not None and x.size // features > self.heads * features
         if compose:
             kernel, bias = kernel @ output[0], bias @ output[0] + output[1]
         keys = jax.random.split(self.make_rng("dropout"), self.heads) if rate else None

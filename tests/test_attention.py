@@ -142,7 +142,7 @@ def test_dropout_on_factors_is_the_same_in_the_factored_and_the_dense_form(encod
 def test_an_output_map_is_applied_whether_composed_with_the_value_or_not():
     layer = SelfAttention("quadratic", heads=2)
     output = tuple(jax.random.normal(jax.random.key(3), shape) for shape in ((6, 5), (5,)))
-    for side in (2, 8):  # 4 pixels are fewer, and 64 more, than twice the kernel's 12 rows
+    for side in (2, 8):  # 4 pixels are fewer, and 64 more, than the kernel's 12 rows
         x = jax.random.normal(jax.random.key(0), (1, side, side, 6))
         params = layer.init(jax.random.key(1), x)
         assert_close(layer.apply(params, x, None, output), layer.apply(params, x) @ output[0] + output[1])
