@@ -65,8 +65,9 @@ def mix_factored(
     """The same sum, one grid axis at a time: (R (x) C) x = C (R x)."""
     batch, height, width, _ = x.shape
     # One small product for each image and row: with one for all of them, XLA would transpose x back and forth.
-    row = jnp.broadcast_to(row, (batch, height, height))
-    column = jnp.broadcast_to(column, (batch, height, width, width))
+    # Cast last, so that the gradients of the factors are summed over images in float32.
+    row = jnp.broadcast_to(row, (batch, height, height)).astype(x.dtype)
+    column = jnp.broadcast_to(column, (batch, height, width, width)).astype(x.dtype)
     rows = jnp.einsum("bik,bkn->bin", row, x.reshape(batch, height, -1)).reshape(x.shape)
     return jnp.einsum("bijl,bild->bijd", column, rows)
 
@@ -119,12 +120,14 @@ class SelfAttention(nn.Module):
       heads: number of heads.
       max_side: largest side of the grid that the learned tables cover.
       embedding_size: width of the learned tables; 0: that of x, or half of it for encodings that halve the query.
-      mixing: "factored", "dense", or "auto": factored wherever it is exact and no attention dropout is active.
-        "factored" where it is not exact raises UserError.
+      mixing: "factored", "dense", or "auto": factored wherever it is exact, which dropout on the probabilities is not.
+        "factored" where it is not exact raises UserError. Factors that differ from query to query (learned_query) are
+        multiplied and mix densely in any case.
       dropout: rate at which a probability is dropped. Position-only probabilities are one array for the whole batch,
         and so is their mask, as in the paper's code.
       dropout_on: "probabilities", each by itself, or "factors": entries of R and C, so that whole rows and columns of
-        the grid drop out together and mixing stays factored. Both leave the expected probabilities as they are.
+        the grid drop out together, for all queries in a row and in a column, and mixing stays factored. Both leave the
+        expected probabilities as they are.
       dtype: of the computation; parameters and softmax are float32.
       unroll: write out the heads one after another instead of looping over them.
     """
@@ -167,7 +170,7 @@ class SelfAttention(nn.Module):
             if rate and self.dropout_on == "factors":
                 probabilities = drop_factors(key, rate, *probabilities)
             if factored:
-                row, column = (factor.astype(self.dtype) for factor in probabilities)
+                row, column = probabilities
                 return mix_factored(row[0, :, 0], column[0, 0], x)
             probabilities = joined(probabilities)
             if rate and self.dropout_on == "probabilities":
@@ -175,10 +178,9 @@ class SelfAttention(nn.Module):
             return mix_dense(probabilities.astype(self.dtype), x)
 
         def value_of(head):
-            head, value, key = head
-            # The sum over heads, like that over features, is in float32.
-            mixed = mixed_by(head, key).reshape(-1, features)
-            return jnp.einsum("nd,do->no", mixed, value, preferred_element_type=jnp.float32)
+            terms, value, key = head
+            mixed = mixed_by(terms, key).reshape(-1, features)
+            return jnp.einsum("nd,do->no", mixed, value).astype(jnp.float32)  # in which the heads are summed
 
         kernel, bias = Linear((self.heads, features, features), (features,), self.heads * features, name="value")()
         # Two linear maps in a row are one; composing them pays where there are more pixels than rows of the kernel.
@@ -200,7 +202,8 @@ class SelfAttention(nn.Module):
             raise UserError(f"the {self.encoding} encoding has no factors to drop.")
         if self.mixing == "factored" and not exact:
             raise UserError(
-                f"the {self.encoding} encoding has no exact factors" + " under attention dropout." * separable
+                f"the {self.encoding} encoding has no exact factors"
+                + " under dropout on the probabilities." * separable
             )
         return exact and self.mixing != "dense" and self.encoding in positions.POSITION_ONLY
 

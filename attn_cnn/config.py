@@ -251,6 +251,8 @@ def load(path: epath.Path) -> ml_collections.ConfigDict:
 
     try:
         config = ml_collections.ConfigDict(tuples(json.loads(path.read_text())))
+        if config.model.name == "attention" and "attention_dropout_on" not in config.model:
+            config.model.attention_dropout_on = "probabilities"  # of a run from before there was the choice
         check(config)
     except (OSError, RecursionError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not a config: {error}") from None

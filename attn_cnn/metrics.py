@@ -64,8 +64,8 @@ class Writer:
 
 
 def _open(directory: epath.Path, step: int, evaluated: bool):
-    trim(directory, step, evaluated)
     tensorflow.quiet()
+    trim(directory, step, evaluated)
     from clu import metric_writers
 
     return metric_writers.SummaryWriter(os.fspath(directory))

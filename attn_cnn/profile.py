@@ -16,24 +16,26 @@ class Profile:
     """Writes steps FIRST to LAST of this start to `directory`; None writes nothing."""
 
     def __init__(self, directory: epath.Path | None):
-        self._directory, self._steps, self._tracing = directory, 0, False
+        self._directory, self._steps, self._tracing, self._result = directory, 0, False, None
 
-    def step(self, result: Array) -> None:
-        """A step was dispatched, and gives `result`."""
-        self._steps += 1
+    def step(self, result: Array) -> bool:
+        """A step was dispatched, and gives `result`; True if the trace began or ended here, which takes time."""
+        self._steps, self._result = self._steps + 1, result
         if self._directory is None or self._steps not in (FIRST - 1, LAST):
-            return
-        jax.block_until_ready(result)
+            return False
         if self._tracing:
             self._stop()
         else:
+            jax.block_until_ready(result)
             jax.profiler.start_trace(os.fspath(self._directory))
             self._tracing = True
+        return True
 
     def _stop(self) -> None:
+        jax.block_until_ready(self._result)
         jax.profiler.stop_trace()
         self._tracing = False
-        log.info("A trace of %d steps is in %s.", LAST - FIRST + 1, self._directory)
+        log.info("A trace of %d steps is in %s.", self._steps - FIRST + 1, self._directory)
 
     def __enter__(self):
         return self

@@ -4,9 +4,11 @@ import os
 from types import ModuleType
 
 
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorBoard, too, may import TensorFlow
+
+
 def quiet() -> ModuleType:
     """TensorFlow without its start-up messages, and off the accelerators, which are JAX's."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     import tensorflow
 
     tensorflow.config.set_visible_devices([], "GPU")

@@ -388,11 +388,13 @@ def train_loop(
             indices = devices.replicate(order.batch(done))
             state, votes = step(state, images, labels, indices, stop.share())
             stopping = stop.agreed(votes)
-            profiler.step(votes)
+            profiled = profiler.step(votes)
             done, batch, evaluated = done + 1, batch + 1, False
             if done == first:
                 jax.block_until_ready(votes)
                 log.info("Compiled; step %d is done.", done)
+            if profiled:
+                clock.pause()
             clock.tick()
             bar.update()
 

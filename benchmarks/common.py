@@ -25,7 +25,7 @@ EXAMPLES = 100
 
 
 class Convolution(nn.Module):
-    """A 3x3 convolution with as many channels; takes what SelfAttention takes."""
+    """A 3x3 convolution with as many channels, then the output map; takes what SelfAttention takes."""
 
     encoding: str
     heads: int
@@ -151,7 +151,7 @@ def evaluation_side(run: train.Run, layer: type[nn.Module] | None = None) -> Sid
 
 
 def random_images(run: train.Run) -> tuple[np.ndarray, np.ndarray]:
-    """As many as fill the batch, and their labels."""
+    """The data set of a benchmark, and its labels."""
     random, spec = np.random.default_rng(0), run.spec
     images = random.integers(0, 256, (EXAMPLES, *spec.image_shape), np.uint8)
     return images, random.integers(0, spec.classes, EXAMPLES, np.int32)
@@ -174,7 +174,7 @@ def memory(compiled) -> int:
 
 
 def function_side(function: Callable, *arguments, images: int = 0) -> Side:
-    """`function` compiled for `arguments`, and its gradients of all of them."""
+    """`function`, compiled for `arguments`."""
     compiled = jax.jit(function).lower(*arguments).compile()
     analysis = compiled.cost_analysis()
     return Side(

@@ -7,18 +7,18 @@ from absl import app, flags
 
 from benchmarks import common
 
-EXPERIMENT = flags.DEFINE_enum("encoding", "learned_content", ["learned_content", "learned_content_position"], "Which.")
-SCALE_BATCH = flags.DEFINE_integer("batch", 20, "Images in a step.")
+ENCODING = flags.DEFINE_enum("encoding", "learned_content", ["learned_content", "learned_content_position"], "Which.")
+BATCH = flags.DEFINE_integer("batch", 20, "Images in a step.")
 DROPOUT = flags.DEFINE_float("attention_dropout", 0.0, "The paper's is 0.1.")
 ROUNDS = flags.DEFINE_integer("rounds", 4, "Steps of each side.")
 
 
 def main(_):
-    changes = {"model.encoding": EXPERIMENT.value, "model.attention_dropout": DROPOUT.value}
-    run = common.paper_run("learned_content", 16, SCALE_BATCH.value, **changes)
+    changes = {"model.encoding": ENCODING.value, "model.attention_dropout": DROPOUT.value}
+    run = common.paper_run("learned_content", 16, BATCH.value, **changes)
     sides = {
         "einsum": common.training_side(run, common.EinsumAttention),
-        EXPERIMENT.value: common.training_side(run),
+        ENCODING.value: common.training_side(run),
         "matmul": common.matmul_side(),
     }
     print(common.table(sides, common.alternate(sides, ROUNDS.value), "einsum"))

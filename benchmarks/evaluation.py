@@ -5,7 +5,7 @@ from absl import app, flags
 from benchmarks import common
 
 GRID = flags.DEFINE_integer("grid", 16, "Side of the grid.")
-BATCH = flags.DEFINE_integer("batch", 100, "Images at a time.")
+BATCH = flags.DEFINE_integer("batch", 20, "Images at a time.")
 ROUNDS = flags.DEFINE_integer("rounds", 7, "Batches of each side.")
 
 

@@ -8,7 +8,6 @@ Stretches of the product's own loop (indices, votes, metrics, log) alternate wit
 import functools
 import statistics
 import tempfile
-import time
 
 import jax
 from absl import app, flags
@@ -17,6 +16,7 @@ from etils import epath
 from attn_cnn import data, devices, train
 from attn_cnn.interrupt import Interrupt
 from attn_cnn.metrics import Writer
+from benchmarks import common
 from configs import quadratic
 
 ROUNDS = flags.DEFINE_integer("rounds", 30, "Stretches of each kind, of one epoch's 14 steps.")
@@ -37,8 +37,11 @@ def main(_):
             state, _ = step(state, images, labels, indices, share)
         jax.block_until_ready(state)
 
-    with tempfile.TemporaryDirectory() as folder, train.progress(0, run.total_steps) as bar:
-        writer = Writer(epath.Path(folder), 0, True)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Writer(epath.Path(folder), 0, True) as writer,
+        train.progress(0, run.total_steps) as bar,
+    ):
         order, stop = train.EpochOrder(run), train.Stop(Interrupt(), config.batch_size)
         clock, done = train.Clock(config.batch_size), 0
 
@@ -55,16 +58,9 @@ def main(_):
                     train.log_window(run, done, state, clock, writer)
             jax.block_until_ready(state)
 
-        sides = {"bare": bare, "loop": looped}
-        seconds = {name: [] for name in sides}
-        for i in range(ROUNDS.value + 1):
-            for name, side in sides.items():
-                started = time.perf_counter()
-                side()
-                if i:
-                    seconds[name].append(time.perf_counter() - started)
-        writer.flush()
-    overhead = [b / a - 1 for a, b in zip(seconds["bare"], seconds["loop"], strict=True)]
+        sides = {"bare": common.Side(bare), "loop": common.Side(looped)}
+        seconds = common.alternate(sides, ROUNDS.value)
+    overhead = [loop / bare - 1 for bare, loop in zip(seconds["bare"], seconds["loop"], strict=True)]
     low, _, high = statistics.quantiles(overhead, n=4)
     print(f"a step takes {statistics.median(seconds['bare']) / run.steps_per_epoch * 1e3:.1f} ms")
     print(f"the loop adds {statistics.median(overhead):.2%} (quartiles {low:.2%} and {high:.2%})")

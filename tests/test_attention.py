@@ -149,7 +149,7 @@ def test_an_output_map_is_applied_whether_composed_with_the_value_or_not():
 
 
 @pytest.mark.parametrize("mixing", ["factored", "dense"])
-def test_memory_does_not_grow_with_the_number_of_heads(mixing):
+def test_memory_grows_with_the_heads_by_what_dense_heads_keep_alone(mixing):
     x = jax.ShapeDtypeStruct((64, 8, 8, 8), jnp.float32)
 
     def temporaries(heads):

@@ -77,6 +77,14 @@ def test_a_config_survives_its_file(experiment, tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["config.json"]
 
 
+def test_a_run_from_before_a_choice_existed_made_the_only_one(tmp_path):
+    path, config = epath.Path(tmp_path) / "config.json", quadratic.get_config()
+    values = config.to_dict()
+    del values["model"]["attention_dropout_on"]
+    path.write_text(json.dumps(values))
+    assert config_lib.differences(config_lib.load(path), config) == []
+
+
 def test_differences_are_lines_to_read():
     ours, theirs = quadratic.get_config(), quadratic.get_config()
     ours.model.heads, ours.data.dir = 4, "elsewhere"

@@ -18,5 +18,5 @@ def test_profile_traces_steps(tmp_path):
 def test_a_run_shorter_than_the_trace_is_traced_to_its_end(tmp_path):
     flags = ("--config.epochs=1", "--config.batch_size=200")
     done = program.run(f"--workdir={tmp_path / 'run'}", "--profile", *flags)
-    assert "is finished: 7 steps" in done.stderr
+    assert "is finished: 7 steps" in done.stderr and "A trace of 5 steps is in" in done.stderr
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
