@@ -3,7 +3,6 @@
 import os
 from types import ModuleType
 
-
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorBoard, too, may import TensorFlow
 
 
