@@ -3,7 +3,9 @@
 import os
 from types import ModuleType
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # before TensorBoard, too, may import TensorFlow
+# Before TensorBoard, too, may import TensorFlow. It tells of oneDNN whatever the log level, and here only reads files.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 
 def quiet() -> ModuleType:
