@@ -253,14 +253,14 @@ def head_probabilities(
     height, width = x.shape[1:3]
     if encoding == "quadratic_generalized":
         return jax.nn.softmax(positions.quadratic_generalized(**head, height=height, width=width)[None], (-2, -1))
-    if encoding == "quadratic":
-        row, column = positions.quadratic(**head, height=height, width=width)
-    elif encoding in positions.HALVING:
-        terms = {name: value for name, value in head.items() if name.startswith(("row", "column"))}
-        row, column = checkpoint_name(positions.learned_query(x, **terms), KEPT)
+    if encoding in positions.HALVING:
+        terms = (head[name] for name in ("row_keys", "row_biases", "column_keys", "column_biases"))
+        row, column = checkpoint_name(positions.learned_query(x, *terms), KEPT)
     else:
-        row, column = positions.learned(head["row_scores"], head["column_scores"], height, width)
-    if encoding in positions.POSITION_ONLY or encoding == "learned_content_position":
+        if encoding == "quadratic":
+            row, column = positions.quadratic(**head, height=height, width=width)
+        else:
+            row, column = positions.learned(head["row_scores"], head["column_scores"], height, width)
         row, column = row[None, :, None, :], column[None, None, :, :]  # the same for all images and the other axis
     if encoding in positions.SEPARABLE:
         return jax.nn.softmax(row), jax.nn.softmax(column)

@@ -6,7 +6,6 @@ Stretches of 50 steps with a checkpoint written during them alternate, in one pr
 checkpoint adds, the median over pairs of neighbours, is set against an epoch's 500 steps.
 """
 
-import functools
 import statistics
 import tempfile
 import time
@@ -15,10 +14,10 @@ import jax
 from absl import app, flags, logging
 from etils import epath
 
-from attn_cnn import data, devices, train
+from attn_cnn import devices, train
 from attn_cnn.checkpoint import Checkpoints
 from attn_cnn.interrupt import Interrupt
-from configs import quadratic
+from benchmarks import common
 
 STEPS = 50
 PAIRS = flags.DEFINE_integer("pairs", 12, "Stretches with and stretches without a checkpoint.")
@@ -26,13 +25,8 @@ PAIRS = flags.DEFINE_integer("pairs", 12, "Stretches with and stretches without 
 
 def main(_):
     logging.set_verbosity(logging.FATAL)  # orbax tells of every write
-    config = quadratic.get_config("small")
-    run = train.create_run(config)
-    dataset = data.load(config.data.name)
-    images, labels = devices.replicate((dataset.train_images, dataset.train_labels))
-    step = devices.mapped(functools.partial(train.train_step, run=run), arguments=5, donate=(0,))
-    state = devices.replicate(train.create_state(run))
-    order, stop = train.EpochOrder(run), train.Stop(Interrupt(), config.batch_size)
+    run, step, state, (images, labels) = common.real_run("small")
+    order, stop = train.EpochOrder(run), train.Stop(Interrupt(), run.config.batch_size)
     done = 0
 
     def stretch() -> float:

@@ -19,6 +19,7 @@ import numpy as np
 import tabulate
 
 from attn_cnn import attention, data, devices, model, optim, positions, report, train
+from configs import quadratic
 
 MATMUL = 2048
 EXAMPLES = 100
@@ -84,6 +85,15 @@ def in_place_of_attention(layer: type[nn.Module] | None) -> Iterator[None]:
         yield
 
 
+def real_run(scale: str) -> tuple[train.Run, Callable, train.TrainState, tuple[jax.Array, jax.Array]]:
+    """configs/quadratic.py at a scale with real data: its run, step, first state, and images with labels."""
+    run = train.create_run(quadratic.get_config(scale))
+    dataset = data.load(run.config.data.name)
+    step = devices.mapped(functools.partial(train.train_step, run=run), arguments=5, donate=(0,))
+    state = devices.replicate(train.create_state(run))
+    return run, step, state, devices.replicate((dataset.train_images, dataset.train_labels))
+
+
 class Side(NamedTuple):
     """One of the things compared: how to run it once, and what the compiler says of it."""
 
@@ -117,17 +127,15 @@ def training_side(run: train.Run, layer: type[nn.Module] | None = None) -> Side:
     share = devices.share(batch)
     with in_place_of_attention(layer):
         state = devices.replicate(train.create_state(run))
-        step = devices.mapped(functools.partial(train.train_step, run=run), arguments=5, donate=(0,))
-        compiled = step.lower(state, *arguments, share).compile()
-        flops, accessed = cost(functools.partial(train.train_step, run=unrolled(run)), 5, state, *arguments, share)
+        compiled = compile_step(train.train_step, run, state, *arguments, share, donate=(0,))
+        counted = compile_step(train.train_step, unrolled(run), state, *arguments, share)
 
     def once():
         nonlocal state
-        with in_place_of_attention(layer):
-            state, _ = step(state, *arguments, share)
+        state, _ = compiled(state, *arguments, share)
         jax.block_until_ready(state)
 
-    return Side(once, batch, flops, accessed, memory(compiled))
+    return compiled_side(once, batch, compiled, counted)
 
 
 def evaluation_side(run: train.Run, layer: type[nn.Module] | None = None) -> Side:
@@ -139,15 +147,13 @@ def evaluation_side(run: train.Run, layer: type[nn.Module] | None = None) -> Sid
     with in_place_of_attention(layer):
         state = train.create_state(run)
         variables = devices.replicate({"params": state.params, "batch_stats": state.batch_stats})
-        step = devices.mapped(functools.partial(train.eval_step, run=run), arguments=5)
-        compiled = step.lower(variables, *arguments, share).compile()
-        flops, accessed = cost(functools.partial(train.eval_step, run=unrolled(run)), 5, variables, *arguments, share)
+        compiled = compile_step(train.eval_step, run, variables, *arguments, share)
+        counted = compile_step(train.eval_step, unrolled(run), variables, *arguments, share)
 
     def once():
-        with in_place_of_attention(layer):
-            jax.block_until_ready(step(variables, *arguments, share))
+        jax.block_until_ready(compiled(variables, *arguments, share))
 
-    return Side(once, batch, flops, accessed, memory(compiled))
+    return compiled_side(once, batch, compiled, counted)
 
 
 def random_images(run: train.Run) -> tuple[np.ndarray, np.ndarray]:
@@ -158,32 +164,26 @@ def random_images(run: train.Run) -> tuple[np.ndarray, np.ndarray]:
 
 
 def unrolled(run: train.Run) -> train.Run:
+    """The same run with its heads written out, for the compiler to count."""
     return run._replace(model=report.unrolled(run.model))
 
 
-def cost(step: Callable, arguments: int, *values) -> tuple[float, float]:
-    """The compiler's FLOPs and bytes accessed."""
-    analysis = devices.mapped(step, arguments).lower(*values).compile().cost_analysis()
-    return analysis["flops"], analysis["bytes accessed"]
+def compile_step(step: Callable, run: train.Run, *values, donate: tuple[int, ...] = ()) -> jax.stages.Compiled:
+    """One of the product's steps, compiled for all devices."""
+    return devices.mapped(functools.partial(step, run=run), len(values), donate).lower(*values).compile()
 
 
-def memory(compiled) -> int:
-    """What the compiled program needs at once, in bytes."""
-    m = compiled.memory_analysis()
-    return m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
+def compiled_side(once: Callable, images: int, compiled: jax.stages.Compiled, counted: jax.stages.Compiled) -> Side:
+    """What `compiled` holds in memory, and what `counted`, the same without loops, costs."""
+    m, analysis = compiled.memory_analysis(), counted.cost_analysis()
+    memory = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
+    return Side(once, images, analysis["flops"], analysis["bytes accessed"], memory)
 
 
 def function_side(function: Callable, *arguments, images: int = 0) -> Side:
     """`function`, compiled for `arguments`."""
     compiled = jax.jit(function).lower(*arguments).compile()
-    analysis = compiled.cost_analysis()
-    return Side(
-        lambda: jax.block_until_ready(compiled(*arguments)),
-        images,
-        analysis["flops"],
-        analysis["bytes accessed"],
-        memory(compiled),
-    )
+    return compiled_side(lambda: jax.block_until_ready(compiled(*arguments)), images, compiled, compiled)
 
 
 def matmul_side() -> Side:

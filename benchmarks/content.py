@@ -9,13 +9,11 @@ from benchmarks import common
 
 ENCODING = flags.DEFINE_enum("encoding", "learned_content", ["learned_content", "learned_content_position"], "Which.")
 BATCH = flags.DEFINE_integer("batch", 20, "Images in a step.")
-DROPOUT = flags.DEFINE_float("attention_dropout", 0.0, "The paper's is 0.1.")
 ROUNDS = flags.DEFINE_integer("rounds", 4, "Steps of each side.")
 
 
 def main(_):
-    changes = {"model.encoding": ENCODING.value, "model.attention_dropout": DROPOUT.value}
-    run = common.paper_run("learned_content", 16, BATCH.value, **changes)
+    run = common.paper_run("learned_content", 16, BATCH.value, **{"model.encoding": ENCODING.value})
     sides = {
         "einsum": common.training_side(run, common.EinsumAttention),
         ENCODING.value: common.training_side(run),

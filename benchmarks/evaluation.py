@@ -10,11 +10,11 @@ ROUNDS = flags.DEFINE_integer("rounds", 7, "Batches of each side.")
 
 
 def main(_):
-    run = lambda experiment: common.paper_run(experiment, GRID.value, BATCH.value)  # noqa: E731
+    quadratic, learned = (common.paper_run(name, GRID.value, BATCH.value) for name in ("quadratic", "learned"))
     sides = {
-        "convolution": common.evaluation_side(run("quadratic"), common.Convolution),
-        "quadratic": common.evaluation_side(run("quadratic")),
-        "learned": common.evaluation_side(run("learned")),
+        "convolution": common.evaluation_side(quadratic, common.Convolution),
+        "quadratic": common.evaluation_side(quadratic),
+        "learned": common.evaluation_side(learned),
         "matmul": common.matmul_side(),
     }
     print(common.table(sides, common.alternate(sides, ROUNDS.value), "convolution"))

@@ -70,7 +70,9 @@ def window(head, x):
 
 def with_gradients(mix):
     def function(heads, x, weights):
-        total = lambda heads, x: jnp.vdot(attention.sum_over_heads(lambda h: mix(h, x), heads), weights)  # noqa: E731
+        def total(heads, x):
+            return jnp.vdot(attention.sum_over_heads(lambda head: mix(head, x), heads), weights)
+
         return jax.value_and_grad(total, (0, 1))(heads, x)
 
     return function

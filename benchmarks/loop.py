@@ -5,7 +5,6 @@
 Stretches of the product's own loop (indices, votes, metrics, log) alternate with as many bare calls of the step.
 """
 
-import functools
 import statistics
 import tempfile
 
@@ -13,22 +12,17 @@ import jax
 from absl import app, flags
 from etils import epath
 
-from attn_cnn import data, devices, train
+from attn_cnn import devices, train
 from attn_cnn.interrupt import Interrupt
 from attn_cnn.metrics import Writer
 from benchmarks import common
-from configs import quadratic
 
 ROUNDS = flags.DEFINE_integer("rounds", 30, "Stretches of each kind, of one epoch's 14 steps.")
 
 
 def main(_):
-    config = quadratic.get_config("digits")
-    run = train.create_run(config)
-    dataset = data.load(config.data.name)
-    images, labels = devices.replicate((dataset.train_images, dataset.train_labels))
-    step = devices.mapped(functools.partial(train.train_step, run=run), arguments=5, donate=(0,))
-    state = devices.replicate(train.create_state(run))
+    run, step, state, (images, labels) = common.real_run("digits")
+    config = run.config
     indices, share = devices.replicate(train.EpochOrder(run).batch(0)), devices.share(config.batch_size)
 
     def bare():

@@ -1,6 +1,6 @@
 """Cost of one paper-scale layer by grid side, 8 to 64: factored, dense and convolution; writes benchmarks/sides.png.
 
-    python -m benchmarks.sides  # about 10 minutes on 2 cores
+    python -m benchmarks.sides  # about 2 minutes on 2 cores
 
 A layer's values and all its gradients, for 2 images.
 """

@@ -1,8 +1,8 @@
 """The paper-scale training step: factored attention against a 3x3 convolution in its place, and the dense form.
 
-    python -m benchmarks.step                     # 16x16, about 4 minutes on 2 cores
-    python -m benchmarks.step --grid=32           # about 15 minutes
-    python -m benchmarks.step --grid=64 --batch=2
+    python -m benchmarks.step                                # 16x16, about 3 minutes on 2 cores
+    python -m benchmarks.step --grid=32 --rounds=3           # about 6 minutes
+    python -m benchmarks.step --grid=64 --batch=2 --rounds=3  # about 5 minutes
 
 Rates are the compiler's FLOPs over the time, beside a float32 product of 2048x2048 matrices in the same run.
 """
@@ -14,19 +14,19 @@ from benchmarks import common
 GRID = flags.DEFINE_integer("grid", 16, "Side of the grid.")
 BATCH = flags.DEFINE_integer("batch", 20, "Images in a step.")
 ROUNDS = flags.DEFINE_integer("rounds", 5, "Steps of each side.")
-DENSE = flags.DEFINE_boolean("dense", True, "Time dense attention too.")
 
 
 def main(_):
-    run = lambda experiment, **changes: common.paper_run(experiment, GRID.value, BATCH.value, **changes)  # noqa: E731
+    def run(experiment, **changes):
+        return common.paper_run(experiment, GRID.value, BATCH.value, **changes)
+
     sides = {
         "convolution": common.training_side(run("quadratic"), common.Convolution),
         "quadratic": common.training_side(run("quadratic")),
         "learned": common.training_side(run("learned")),
+        "dense": common.training_side(run("quadratic", **{"model.mixing": "dense"})),
+        "matmul": common.matmul_side(),
     }
-    if DENSE.value:
-        sides["dense"] = common.training_side(run("quadratic", **{"model.mixing": "dense"}))
-    sides["matmul"] = common.matmul_side()
     print(common.table(sides, common.alternate(sides, ROUNDS.value), "convolution"))
 
 

@@ -66,7 +66,7 @@ def attention(scale: str, encoding: str) -> ml_collections.ConfigDict:
     model.share_tables = False
     model.dropout = 0.1
     model.attention_dropout = 0.0 if scale == "digits" else 0.1  # 0.1 of 16 pixels costs 1% accuracy
-    # "factors" trains separable encodings at the speed without attention dropout (README, "Speed").
+    # "factors" keeps the mixing of quadratic and learned factored in training (README, "Speed").
     model.attention_dropout_on = "probabilities"
     return config
 
