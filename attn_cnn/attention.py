@@ -13,7 +13,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
 from attn_cnn import positions
@@ -21,7 +20,10 @@ from attn_cnn.errors import UserError
 
 CENTER_STD = 2.0
 SPREAD_STD = 0.01
-KEPT = "kept for the backward pass"  # what costs a matrix product of the grid's size to compute
+# Values mixed at a time, 4 MB in float32, by device. On a CPU they then stay in its caches: 1.3 times the speed of
+# whole batches at a 16x16 grid (benchmarks/RESULTS.md). Accelerators want large products, and so memory.
+BLOCK = {"cpu": 2**20}
+ACCELERATOR_BLOCK = 2**26
 
 
 def fan_in_uniform(fan_in: int) -> nn.initializers.Initializer:
@@ -40,50 +42,64 @@ def dense(features: int, fan_in: int, **kwargs) -> nn.Dense:
     return nn.Dense(features, kernel_init=init, bias_init=init, **kwargs)
 
 
-def joint(row: Float[Array, "#batch H #W H"], column: Float[Array, "#batch #H W W"]) -> Float[Array, "#batch H W H W"]:
+def joint(row: Float[Array, "heads H #W H"], column: Float[Array, "heads #H W W"]) -> Float[Array, "heads H W H W"]:
     """A = R (x) C: probabilities over the whole grid from those over rows and over columns."""
     return row[..., :, None] * column[..., None, :]
 
 
+# The products below have one contracted and at most one batch dimension, spelled out by reshaping: for more XLA would
+# transpose the grid back and forth, most of all in the gradients.
+
+
 def mix_dense(
-    probabilities: Float[Array, "#batch H W H W"], x: Float[Array, "batch H W features"]
-) -> Float[Array, "batch H W features"]:
-    """y[q] = sum_k A[q, k] x[k]; without a batch axis of its own A is one matrix for all images."""
-    batch, height, width, features = x.shape
-    pixels = height * width
-    A, x = probabilities.reshape(-1, pixels, pixels), x.reshape(batch, pixels, features)
-    if A.shape[0] == 1:  # one large product, with the pixels in front of the images
-        y = (A[0] @ x.swapaxes(0, 1).reshape(pixels, -1)).reshape(pixels, batch, features).swapaxes(0, 1)
-    else:
-        y = jnp.einsum("bqk,bkd->bqd", A, x)
-    return checkpoint_name(y.reshape(batch, height, width, features), KEPT)
+    probabilities: Float[Array, "heads H W H W"], x: Float[Array, "H W features"]
+) -> Float[Array, "heads H W features"]:
+    """y_h[q] = sum_k A_h[q, k] x[k]."""
+    height, width, features = x.shape
+    A = probabilities.reshape(-1, height * width)
+    return (A @ x.reshape(-1, features)).reshape(-1, height, width, features)
 
 
 def mix_factored(
-    row: Float[Array, "H H"], column: Float[Array, "W W"], x: Float[Array, "batch H W features"]
-) -> Float[Array, "batch H W features"]:
-    """The same sum, one grid axis at a time: (R (x) C) x = C (R x)."""
-    batch, height, width, _ = x.shape
-    # One small product for each image and row: with one for all of them, XLA would transpose x back and forth.
-    # Cast last, so that the gradients of the factors are summed over images in float32.
-    row = jnp.broadcast_to(row, (batch, height, height)).astype(x.dtype)
-    column = jnp.broadcast_to(column, (batch, height, width, width)).astype(x.dtype)
-    rows = jnp.einsum("bik,bkn->bin", row, x.reshape(batch, height, -1)).reshape(x.shape)
-    return jnp.einsum("bijl,bild->bijd", column, rows)
+    row: Float[Array, "heads H H"], column: Float[Array, "heads W W"], x: Float[Array, "H W features"]
+) -> Float[Array, "heads H W features"]:
+    """The same sum, one grid axis at a time: (R_h (x) C_h) x = C_h (R_h x)."""
+    height, width, features = x.shape
+    heads = len(row)
+    rows = (row.reshape(-1, height) @ x.reshape(height, -1)).reshape(-1, width, features)
+    column = jnp.broadcast_to(column[:, None], (heads, height, width, width)).reshape(-1, width, width)
+    return jnp.einsum("njl,nld->njd", column, rows).reshape(heads, height, width, features)
 
 
-def sum_over_heads(head: Callable[[Any], Array], heads: Any, unroll: bool = False) -> Array:
-    """sum_h head(h) over the leading axis of `heads`, one head after another.
+def mix(
+    probabilities: tuple[Float[Array, "heads H 1 H"], Float[Array, "heads 1 W W"]] | Float[Array, "heads H W H W"],
+    x: Float[Array, "H W features"],
+) -> Float[Array, "heads H W features"]:
+    """The same, given two factors or the whole, in the type of x."""
+    if isinstance(probabilities, tuple):
+        row, column = probabilities
+        return mix_factored(row[:, :, 0].astype(x.dtype), column[:, 0].astype(x.dtype), x)
+    return mix_dense(probabilities.astype(x.dtype), x)
 
-    What the backward pass needs of a head it computes again, but for arrays named KEPT.
+
+def sum_over_groups(of_group: Callable[[Any], Array], heads: Any, size: int) -> Array:
+    """sum_g of_group(heads of g), over groups of `size` heads, which the leading axis of `heads` counts.
+
+    What the backward pass needs of a group it computes again.
     """
-    shape = jax.eval_shape(head, jax.tree.map(lambda a: a[0], heads))
+    groups = jax.tree.map(lambda a: a.reshape(-1, size, *a.shape[1:]), heads)
+    y = jax.eval_shape(of_group, jax.tree.map(lambda a: a[0], groups))
 
-    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(KEPT))
-    def add(total, of_head):
-        return total + head(of_head), None
+    @jax.checkpoint
+    def add(total, group):
+        return total + of_group(group), None
 
-    return jax.lax.scan(add, jnp.zeros(shape.shape, shape.dtype), heads, unroll=unroll)[0]
+    return jax.lax.scan(add, jnp.zeros(y.shape, y.dtype), groups)[0]
+
+
+def largest_divisor(n: int, limit: int) -> int:
+    """The largest divisor of `n` that is at most `limit`, or 1."""
+    return max(d for d in range(1, n + 1) if n % d == 0 and d <= max(1, limit))
 
 
 def default_embedding_size(encoding: str, features: int) -> int:
@@ -129,7 +145,7 @@ class SelfAttention(nn.Module):
         the grid drop out together, for all queries in a row and in a column, and mixing stays factored. Both leave the
         expected probabilities as they are.
       dtype: of the computation; parameters and softmax are float32.
-      unroll: write out the heads one after another instead of looping over them.
+      block: values of `heads` mixed at a time, so many images and heads as that makes; 0: as the device likes it.
     """
 
     encoding: str
@@ -140,7 +156,7 @@ class SelfAttention(nn.Module):
     dropout: float = 0.0
     dropout_on: str = "probabilities"
     dtype: Any = jnp.float32
-    unroll: bool = False
+    block: int = 0
 
     @nn.compact
     def __call__(
@@ -155,44 +171,65 @@ class SelfAttention(nn.Module):
 
         `tables`: row and column embeddings shared between layers; without, the layer's own.
         """
-        features = x.shape[-1]
+        batch, height, width, features = x.shape
         x = x.astype(self.dtype)
         rate = self.dropout if train else 0.0
         factored = self._is_factored(rate)
+        position_only = self.encoding in positions.POSITION_ONLY
 
         heads = self._heads(features, tables)
         if self.is_mutable_collection("intermediates"):
-            maps = jax.lax.map(lambda head: joined(head_probabilities(self.encoding, head, x)), heads)
-            self.sow("intermediates", "probabilities", jnp.moveaxis(maps, 0, 1))
-
-        def mixed_by(head, key):
-            probabilities = head_probabilities(self.encoding, head, x)
-            if rate and self.dropout_on == "factors":
-                probabilities = drop_factors(key, rate, *probabilities)
-            if factored:
-                row, column = probabilities
-                return mix_factored(row[0, :, 0], column[0, 0], x)
-            probabilities = joined(probabilities)
-            if rate and self.dropout_on == "probabilities":
-                probabilities = drop(key, rate, probabilities)
-            return mix_dense(probabilities.astype(self.dtype), x)
-
-        def value_of(head):
-            terms, value, key = head
-            mixed = mixed_by(terms, key).reshape(-1, features)
-            return jnp.einsum("nd,do->no", mixed, value).astype(jnp.float32)  # in which the heads are summed
+            images = x[:1] if position_only else x
+            maps = jax.lax.map(lambda image: joined(head_probabilities(self.encoding, heads, image)), images)
+            self.sow("intermediates", "probabilities", maps)
 
         kernel, bias = Linear((self.heads, features, features), (features,), self.heads * features, name="value")()
         # Two linear maps in a row are one; composing them pays where there are more pixels than rows of the kernel.
         compose = output is not None and x.size // features > self.heads * features
         if compose:
             kernel, bias = kernel @ output[0], bias @ output[0] + output[1]
-        keys = jax.random.split(self.make_rng("dropout"), self.heads) if rate else None
-        y = sum_over_heads(value_of, (heads, kernel.astype(self.dtype), keys), self.unroll)
-        y = y.reshape(*x.shape[:-1], -1) + bias
+
+        def probabilities(heads, keys, image, index):
+            """Two factors if the mixing is factored, else the whole."""
+            probabilities = head_probabilities(self.encoding, heads, image)
+            if rate:
+                keys = jax.vmap(jax.random.fold_in, (0, None))(keys, index)
+            if rate and self.dropout_on == "factors":
+                probabilities = drop_factors(keys, rate, *probabilities)
+            if factored:
+                return probabilities
+            probabilities = joined(probabilities)
+            return drop(keys, rate, probabilities) if rate and self.dropout_on == "probabilities" else probabilities
+
+        @jax.checkpoint  # otherwise the dense probabilities of all layers would wait for the backward pass
+        def apply(x, heads, keys, kernel):
+            shared = probabilities(heads, keys, x[0], 0) if position_only else None
+
+            def of_heads(image, index, group):
+                shared, heads, keys, value = group
+                mixed = mix(shared if position_only else probabilities(heads, keys, image, index), image)
+                mixed = jnp.moveaxis(mixed, 0, 2).reshape(height * width, -1)
+                # Cast for each image, so that the gradient is summed over images in float32, as groups are here.
+                value = value.reshape(mixed.shape[1], -1).astype(self.dtype)
+                return (mixed @ value).astype(jnp.float32)
+
+            def of_image(numbered):
+                return sum_over_groups(functools.partial(of_heads, *numbered), (shared, heads, keys, kernel), group)
+
+            images, group = self._at_a_time(batch, height * width * features)
+            return jax.lax.map(of_image, (x, jnp.arange(batch)), batch_size=images if images > 1 else None)
+
+        y = apply(x, heads, jax.random.split(self.make_rng("dropout"), self.heads) if rate else None, kernel)
+        y = y.reshape(batch, height, width, -1) + bias
         if output is not None and not compose:
             y = y.astype(self.dtype) @ output[0].astype(self.dtype) + output[1]
         return y.astype(self.dtype)
+
+    def _at_a_time(self, batch: int, values: int) -> tuple[int, int]:
+        """How many images, of so many values each, and how many heads to mix at a time."""
+        block = self.block or BLOCK.get(jax.default_backend(), ACCELERATOR_BLOCK)
+        heads = largest_divisor(self.heads, block // values)
+        return largest_divisor(batch, block // (values * heads)) if heads == self.heads else 1, heads
 
     def _is_factored(self, rate) -> bool:
         """Whether mixing goes one grid axis at a time; learned_query's factors, one pair a query, are multiplied."""
@@ -212,8 +249,8 @@ class SelfAttention(nn.Module):
         if self.encoding.startswith("quadratic"):
             matrix = (2, 2) if self.encoding == "quadratic_generalized" else ()
             return {
-                "center": self.param("centers", nn.initializers.normal(CENTER_STD), (self.heads, 2)),
-                "spread": self.param("spreads", spreads_init(jnp.eye(2) if matrix else 1.0), (self.heads, *matrix)),
+                "centers": self.param("centers", nn.initializers.normal(CENTER_STD), (self.heads, 2)),
+                "spreads": self.param("spreads", spreads_init(jnp.eye(2) if matrix else 1.0), (self.heads, *matrix)),
             }
         if tables is None:
             width = self.embedding_size or default_embedding_size(self.encoding, features)
@@ -247,44 +284,46 @@ class SelfAttention(nn.Module):
 
 
 def head_probabilities(
-    encoding: str, head: dict[str, Array], x: Float[Array, "batch H W features"]
-) -> tuple[Float[Array, "#batch H #W H"], Float[Array, "#batch #H W W"]] | Float[Array, "#batch H W H W"]:
-    """Of one head: the row and the column factor where the encoding is separable, else the whole."""
-    height, width = x.shape[1:3]
+    encoding: str, heads: dict[str, Array], x: Float[Array, "H W features"]
+) -> tuple[Float[Array, "heads H #W H"], Float[Array, "heads #H W W"]] | Float[Array, "heads H W H W"]:
+    """Of each head: the row and the column factor where the encoding is separable, else the whole."""
+    height, width, _ = x.shape
     if encoding == "quadratic_generalized":
-        return jax.nn.softmax(positions.quadratic_generalized(**head, height=height, width=width)[None], (-2, -1))
+        return jax.nn.softmax(positions.quadratic_generalized(**heads, height=height, width=width), (-2, -1))
     if encoding in positions.HALVING:
-        terms = (head[name] for name in ("row_keys", "row_biases", "column_keys", "column_biases"))
-        row, column = checkpoint_name(positions.learned_query(x, *terms), KEPT)
+        terms = (heads[name] for name in ("row_keys", "row_biases", "column_keys", "column_biases"))
+        row, column = positions.learned_query(x, *terms)
     else:
         if encoding == "quadratic":
-            row, column = positions.quadratic(**head, height=height, width=width)
+            row, column = positions.quadratic(**heads, height=height, width=width)
         else:
-            row, column = positions.learned(head["row_scores"], head["column_scores"], height, width)
-        row, column = row[None, :, None, :], column[None, None, :, :]  # the same for all images and the other axis
+            row, column = positions.learned(heads["row_scores"], heads["column_scores"], height, width)
+        row, column = row[:, :, None, :], column[:, None, :, :]  # the same for all queries of a row, of a column
     if encoding in positions.SEPARABLE:
         return jax.nn.softmax(row), jax.nn.softmax(column)
-    query = checkpoint_name(x @ head["query"].astype(x.dtype) + head["query_bias"].astype(x.dtype), KEPT)
-    scores = positions.content(query, x) + row[..., :, None] + column[..., None, :]
-    return checkpoint_name(jax.nn.softmax(scores, axis=(-2, -1)), KEPT)
+    query = jnp.einsum("ijd,hde->hije", x, heads["query"].astype(x.dtype))
+    query += heads["query_bias"].astype(x.dtype)[:, None, None]
+    return jax.nn.softmax(row[..., :, None] + column[..., None, :] + positions.content(query, x), (-2, -1))
 
 
-def joined(probabilities) -> Float[Array, "#batch H W H W"]:
+def joined(probabilities) -> Float[Array, "heads H W H W"]:
     """Of factors their product, of the whole itself."""
     return joint(*probabilities) if isinstance(probabilities, tuple) else probabilities
 
 
-def drop(key: Key[Array, ""], rate: float, values: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Each value zero with probability `rate`, else scaled up so that its expectation stays."""
-    kept = jax.random.bernoulli(key, 1 - rate, values.shape)
+def drop(keys: Key[Array, "heads"], rate: float, values: Float[Array, "heads *shape"]) -> Float[Array, "heads *shape"]:
+    """Each value zero with probability `rate`, else scaled up so that its expectation stays; one key a head."""
+    kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, values.shape[1:]))(keys)
     return jnp.where(kept, values / (1 - rate), 0)
 
 
-def drop_factors(key: Key[Array, ""], rate: float, row: Float[Array, "..."], column: Float[Array, "..."]):
+def drop_factors(
+    keys: Key[Array, "heads"], rate: float, row: Float[Array, "heads *rows"], column: Float[Array, "heads *columns"]
+) -> tuple[Float[Array, "heads *rows"], Float[Array, "heads *columns"]]:
     """Drops entries of both factors, so that one of their product is dropped with probability `rate`."""
-    row_key, column_key = jax.random.split(key)
+    row_keys, column_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
     each = 1 - (1 - rate) ** 0.5
-    return drop(row_key, each, row), drop(column_key, each, column)
+    return drop(row_keys, each, row), drop(column_keys, each, column)
 
 
 def spreads_init(mean: float | Array) -> nn.initializers.Initializer:

@@ -1,11 +1,12 @@
-"""Attention scores of the encodings (sections 2 and 3 of the paper), as pure functions of one head.
+"""Attention scores of the encodings (sections 2 and 3 of the paper), as pure functions of one
+image and some heads.
 
 A query pixel (i, j) looks at a key pixel (k, l) through their shift d = (k - i, l - j). An encoding is
 *separable* when its score is (a function of the rows) + (a function of the columns): the softmax over the
 whole grid is then the product of a softmax over rows and one over columns, exactly. Separable encodings
 return these two terms, the others their full score.
 
-Letters of the shapes: H, W the grid; i, j the query; k, l the key;
+Letters of the shapes: h the head; H, W the grid; i, j the query; k, l the key;
 shifts = 2 M - 1, with M the largest side the tables cover.
 """
 
@@ -27,66 +28,74 @@ def shifts(side: int) -> Int[Array, "side side"]:
 
 
 def quadratic(
-    center: Float[Array, "2"], spread: Float[Array, ""], height: int, width: int
-) -> tuple[Float[Array, "{height} {height}"], Float[Array, "{width} {width}"]]:
-    """-1/2 s^2 |d - mu|^2 as its row and column terms (paper, eq. 9; s^2 is twice its alpha)."""
+    centers: Float[Array, "heads 2"], spreads: Float[Array, "heads"], height: int, width: int
+) -> tuple[Float[Array, "heads {height} {height}"], Float[Array, "heads {width} {width}"]]:
+    """-1/2 s_h^2 |d - mu_h|^2 as its row and column terms (paper, eq. 9; s_h^2 is twice its alpha)."""
 
     def term(side, center):
-        return -0.5 * (spread * (shifts(side) - center)) ** 2
+        return -0.5 * (spreads[:, None, None] * (shifts(side) - center[:, None, None])) ** 2
 
-    return term(height, center[0]), term(width, center[1])
+    return term(height, centers[:, 0]), term(width, centers[:, 1])
 
 
 def quadratic_generalized(
-    center: Float[Array, "2"], spread: Float[Array, "2 2"], height: int, width: int
-) -> Float[Array, "{height} {width} {height} {width}"]:
-    """-1/2 (d - mu)^T S S^T (d - mu): a full covariance, so rows and columns do not separate."""
+    centers: Float[Array, "heads 2"], spreads: Float[Array, "heads 2 2"], height: int, width: int
+) -> Float[Array, "heads {height} {width} {height} {width}"]:
+    """-1/2 (d - mu_h)^T S_h S_h^T (d - mu_h): a full covariance, so rows and columns do not separate."""
+    rows = shifts(height) - centers[:, 0, None, None]
+    columns = shifts(width) - centers[:, 1, None, None]
     # |S^T (d - mu)|^2, whose two components are each a row part plus a column part
-    row_parts = jnp.einsum("ik,c->cik", shifts(height) - center[0], spread[0])
-    column_parts = jnp.einsum("jl,c->cjl", shifts(width) - center[1], spread[1])
-    first, second = row_parts[:, :, None, :, None] + column_parts[:, None, :, None, :]
+    row_parts = jnp.einsum("hik,hc->chik", rows, spreads[:, 0])
+    column_parts = jnp.einsum("hjl,hc->chjl", columns, spreads[:, 1])
+    first, second = row_parts[:, :, :, None, :, None] + column_parts[:, :, None, :, None, :]
     return -0.5 * (first**2 + second**2)
 
 
-def _along(by_shift: Float[Array, "shifts *values"], side: int) -> Float[Array, "{side} {side} *values"]:
-    """What a table holds of each query (first axis) and key (second axis); shift 0 is its middle."""
-    return by_shift[shifts(side) + by_shift.shape[0] // 2]
+def _along(by_shift: Float[Array, "*values shifts"], side: int) -> Float[Array, "*values {side} {side}"]:
+    """Values by shift laid out by query (first axis) and key (second axis); shift 0 is the middle."""
+    return by_shift[..., shifts(side) + by_shift.shape[-1] // 2]
 
 
 def learned(
-    row_scores: Float[Array, "shifts"], column_scores: Float[Array, "shifts"], height: int, width: int
-) -> tuple[Float[Array, "{height} {height}"], Float[Array, "{width} {width}"]]:
-    """u . r_row[d_row] and v . r_col[d_col], given the tables already mapped to scores."""
+    row_scores: Float[Array, "heads shifts"], column_scores: Float[Array, "heads shifts"], height: int, width: int
+) -> tuple[Float[Array, "heads {height} {height}"], Float[Array, "heads {width} {width}"]]:
+    """u_h . r_row[d_row] and v_h . r_col[d_col], given the tables already mapped to scores."""
     return _along(row_scores, height), _along(column_scores, width)
 
 
 def learned_query(
-    x: Float[Array, "batch H W features"],
-    row_keys: Float[Array, "shifts features"],
-    row_biases: Float[Array, "shifts"],
-    column_keys: Float[Array, "shifts features"],
-    column_biases: Float[Array, "shifts"],
-) -> tuple[Float[Array, "batch H W H"], Float[Array, "batch H W W"]]:
-    """q[i, j] . (r_row[d_row] (+) r_col[d_col]) / sqrt(D) (Ramachandran et al. 2019, section 3).
+    x: Float[Array, "H W features"],
+    row_keys: Float[Array, "heads shifts features"],
+    row_biases: Float[Array, "heads shifts"],
+    column_keys: Float[Array, "heads shifts features"],
+    column_biases: Float[Array, "heads shifts"],
+) -> tuple[Float[Array, "heads H W H"], Float[Array, "heads H W W"]]:
+    """q_h[i, j] . (r_row[d_row] (+) r_col[d_col]) / sqrt(D) (Ramachandran et al. 2019, section 3).
 
     With q = Q^T x + c this is x . (Q r) + c . r; the keys are Q r and the biases c . r, divided by sqrt(D).
     """
-    keys = jnp.concatenate([row_keys, column_keys]).astype(x.dtype)
-    by_shift = jnp.einsum("bijd,sd->bijs", x, keys, preferred_element_type=jnp.float32)
-    rows, columns = jnp.split(by_shift + jnp.concatenate([row_biases, column_biases]), 2, axis=-1)
-    height, width = x.shape[1:3]
+    height, width, features = x.shape
+    keys = jnp.concatenate([row_keys, column_keys], axis=1).astype(x.dtype)
+    biases = jnp.concatenate([row_biases, column_biases], axis=1)
+    heads, both, _ = keys.shape
+    by_shift = _product(x.reshape(-1, features), keys.reshape(-1, features)).reshape(height, width, heads, both)
+    rows, columns = jnp.split(by_shift + biases, 2, axis=-1)
     # A product with 0 and 1 looks up by shift: the gradient of indexing would be a scatter, slow on every device.
-    one_hot = jnp.eye(len(row_keys))
-    row = jnp.einsum("bijs,iks->bijk", rows, _along(one_hot, height), precision="highest")
-    column = jnp.einsum("bijs,jls->bijl", columns, _along(one_hot, width), precision="highest")
+    one_hot = jnp.eye(both // 2)
+    row = jnp.einsum("ijhs,sik->hijk", rows, _along(one_hot, height), precision="highest")
+    column = jnp.einsum("ijhs,sjl->hijl", columns, _along(one_hot, width), precision="highest")
     return row, column
 
 
 def content(
-    query: Float[Array, "batch H W features"], key: Float[Array, "batch H W features"]
-) -> Float[Array, "batch H W H W"]:
-    """q[i, j] . k[k, l], the query already divided by sqrt(D) (Vaswani et al. 2017)."""
-    batch, height, width, features = query.shape
-    query, key = query.reshape(batch, -1, features), key.reshape(batch, -1, features)
-    scores = jnp.einsum("bqd,bkd->bqk", query, key, preferred_element_type=jnp.float32)
-    return scores.reshape(batch, height, width, height, width)
+    query: Float[Array, "heads H W features"], key: Float[Array, "H W features"]
+) -> Float[Array, "heads H W H W"]:
+    """q_h[i, j] . k[k, l], the query already divided by sqrt(D) (Vaswani et al. 2017)."""
+    heads, height, width, features = query.shape
+    scores = _product(query.reshape(-1, features), key.reshape(-1, features))
+    return scores.reshape(heads, height, width, height, width)
+
+
+def _product(a: Float[Array, "n features"], b: Float[Array, "m features"]) -> Float[Array, "n m"]:
+    """a b^T, in float32 of whatever type."""
+    return jnp.einsum("nd,md->nm", a, b, preferred_element_type=jnp.float32)

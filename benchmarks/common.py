@@ -36,7 +36,7 @@ class Convolution(nn.Module):
     dropout: float
     dropout_on: str
     dtype: Any
-    unroll: bool = False
+    block: int = 0
 
     @nn.compact
     def __call__(self, x, tables=None, output=None, *, train=False):

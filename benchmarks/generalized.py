@@ -24,14 +24,21 @@ ROUNDS = flags.DEFINE_integer("rounds", 7, "Rounds of each side.")
 HEADS, FEATURES = 9, 400
 
 
-def looped(head, x):
-    probabilities = attention.head_probabilities("quadratic_generalized", head, x)
-    return attention.mix_dense(probabilities, x)
+def by_image(heads, x):
+    """What the heads mix, in the layer's way: all heads of one image after another."""
+    probabilities = attention.head_probabilities("quadratic_generalized", heads, x[0])
+    return jax.lax.map(jax.checkpoint(lambda image: attention.mix_dense(probabilities, image)), x)
+
+
+def by_head(mix):
+    """The same with `mix` of one head and all images."""
+    return lambda heads, x: jax.lax.map(jax.checkpoint(lambda head: mix(head, x)), heads)
 
 
 def by_shift(head, side):
     """exp(score) of all shifts in (-side, side)^2, scaled to a largest value of 1."""
-    scores = positions.quadratic_generalized(**head, height=2 * side - 1, width=2 * side - 1)[side - 1, side - 1]
+    head = jax.tree.map(lambda a: a[None], head)
+    scores = positions.quadratic_generalized(**head, height=2 * side - 1, width=2 * side - 1)[0, side - 1, side - 1]
     return jnp.exp(scores - scores.max())
 
 
@@ -51,7 +58,7 @@ def fft(head, x):
 
 def window(head, x):
     side, radius = x.shape[1], RADIUS.value
-    center = jnp.round(jax.lax.stop_gradient(head["center"])).astype(int)
+    center = jnp.round(jax.lax.stop_gradient(head["centers"])).astype(int)
     around = [center[0] + side - 1 - radius, center[1] + side - 1 - radius]
     e = jax.lax.dynamic_slice(jnp.pad(by_shift(head, side), radius), [a + radius for a in around], [2 * radius + 1] * 2)
     border = ((0, 0), (side, side), (side, side), (0, 0))
@@ -71,7 +78,7 @@ def window(head, x):
 def with_gradients(mix):
     def function(heads, x, weights):
         def total(heads, x):
-            return jnp.vdot(attention.sum_over_heads(lambda head: mix(head, x), heads), weights)
+            return jnp.vdot(mix(heads, x), weights)
 
         return jax.value_and_grad(total, (0, 1))(heads, x)
 
@@ -88,24 +95,22 @@ def main(_):
     key = jax.random.key(0)
     x, weights = jax.random.normal(key, (2, batch, side, side, FEATURES))
     heads = {
-        "center": jax.random.uniform(key, (HEADS, 2), minval=-2, maxval=2),
-        "spread": attention.spreads_init(jnp.eye(2))(key, (HEADS, 2, 2)),
+        "centers": jax.random.uniform(key, (HEADS, 2), minval=-2, maxval=2),
+        "spreads": attention.spreads_init(jnp.eye(2))(key, (HEADS, 2, 2)),
     }
-    pixels = side**2
-    matrices = jax.nn.softmax(jax.random.normal(key, (HEADS * pixels, pixels)))
-    columns = x.transpose(1, 2, 0, 3).reshape(pixels, -1)
-    all_weights = jnp.tile(columns, (HEADS, 1))
-    arguments = (heads, x, weights)
-    sides = {
-        "product": common.function_side(plain, matrices, columns, all_weights, images=batch),
-        "quadratic_generalized": common.function_side(with_gradients(looped), *arguments, images=batch),
-        "fft": common.function_side(with_gradients(fft), *arguments, images=batch),
-        "window": common.function_side(with_gradients(window), *arguments, images=batch),
-    }
+    matrices = jax.nn.softmax(jax.random.normal(key, (HEADS * side**2, side**2)))
+    columns = x.transpose(1, 2, 0, 3).reshape(side**2, -1)
+    every_head = jnp.tile(weights, (HEADS, 1, 1, 1, 1))
+    arguments = {"product": (matrices, columns, jnp.tile(columns, (HEADS, 1)))}
+    arguments["quadratic_generalized"] = (heads, x, every_head.swapaxes(0, 1))
+    arguments["fft"] = arguments["window"] = (heads, x, every_head)
+    functions = {"product": plain, "quadratic_generalized": with_gradients(by_image)}
+    functions |= {"fft": with_gradients(by_head(fft)), "window": with_gradients(by_head(window))}
+    sides = {name: common.function_side(functions[name], *arguments[name], images=batch) for name in functions}
     print(common.table(sides, common.alternate(sides, ROUNDS.value), "product"))
-    expected = attention.sum_over_heads(lambda h: looped(h, x), heads)
+    expected = by_image(heads, x).swapaxes(0, 1)
     for name, mix in {"fft": fft, "window": window}.items():
-        error = jnp.abs(attention.sum_over_heads(lambda h, mix=mix: mix(h, x), heads) - expected).max()
+        error = jnp.abs(by_head(mix)(heads, x) - expected).max()
         print(f"{name}: largest difference {error:.1e} of values up to {jnp.abs(expected).max():.1f}")
 
 

@@ -51,5 +51,5 @@ def assert_close(actual, expected, what="", tolerance=TOLERANCE):
     """The largest difference is within `tolerance` of the largest value."""
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     assert actual.shape == expected.shape, f"{what}: {actual.shape} instead of {expected.shape}"
-    error = np.abs(actual - expected).max() / np.abs(expected).max()
-    assert error <= tolerance, f"{what}: relative error {error:.2e}"
+    error, scale = np.abs(actual - expected).max(), np.abs(expected).max()
+    assert error <= tolerance * scale, f"{what}: off by {error:.2e} of {scale:.2e}"

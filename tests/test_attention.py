@@ -118,7 +118,7 @@ def test_dropout_falls_on_the_probabilities():
 def test_dropout_on_factors_drops_whole_rows_and_columns_at_the_same_rate():
     rate, side = 0.3, 40
     row, column = jnp.ones((1, side, 1, side)), jnp.ones((1, 1, side, side))
-    product = attention.joint(*attention.drop_factors(jax.random.key(0), rate, row, column))
+    product = attention.joint(*attention.drop_factors(jax.random.key(0)[None], rate, row, column))
     assert np.mean(product == 0) == pytest.approx(rate, abs=0.02)
     np.testing.assert_allclose(product[product > 0], 1 / (1 - rate), rtol=1e-5)
     assert np.mean(product) == pytest.approx(1, abs=0.03)  # the expectation is unchanged
@@ -148,18 +148,45 @@ def test_an_output_map_is_applied_whether_composed_with_the_value_or_not():
         assert_close(layer.apply(params, x, None, output), layer.apply(params, x) @ output[0] + output[1])
 
 
+def temporaries(x, *args, **kwargs):
+    """Bytes that a layer's values and gradients need beside arguments and results."""
+    layer = SelfAttention(*args, **kwargs)
+    params = jax.eval_shape(layer.init, jax.random.key(0), jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype))
+    gradient = jax.grad(lambda params, x: jnp.square(layer.apply(params, x)).sum(), (0, 1))
+    return jax.jit(gradient).lower(params, x).compile().memory_analysis().temp_size_in_bytes
+
+
 @pytest.mark.parametrize("mixing", ["factored", "dense"])
-def test_memory_grows_with_the_heads_by_what_dense_heads_keep_alone(mixing):
+def test_memory_grows_with_the_heads_by_their_dense_probabilities_alone(mixing):
     x = jax.ShapeDtypeStruct((64, 8, 8, 8), jnp.float32)
+    few, many = (temporaries(x, "quadratic", heads, mixing=mixing, block=math.prod(x.shape)) for heads in (2, 16))
+    probabilities = 4 * 8**4 * 14 if mixing == "dense" else 0  # of 14 more heads
+    assert many - 6 * probabilities < 1.2 * few
 
-    def temporaries(heads):
-        layer = SelfAttention("quadratic", heads, mixing=mixing)
-        params = jax.eval_shape(layer.init, jax.random.key(0), jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype))
-        gradient = jax.grad(lambda params, x: jnp.square(layer.apply(params, x)).sum(), (0, 1))
-        return jax.jit(gradient).lower(params, x).compile().memory_analysis().temp_size_in_bytes
 
-    kept = math.prod(x.shape) * 4 * 14 if mixing == "dense" else 0  # what 14 more heads mixed
-    assert temporaries(16) - kept < 1.5 * temporaries(2)
+@pytest.mark.parametrize("encoding", ["learned_query", *positions.CONTENT])
+def test_the_probabilities_of_a_batch_are_never_there_at_once(encoding):
+    x = jax.ShapeDtypeStruct((64, 8, 8, 8), jnp.float32)
+    assert temporaries(x, encoding, 8, block=math.prod(x.shape[1:])) < 4 * 64 * 8 * 8**4 / 4
+
+
+@pytest.mark.parametrize("encoding", positions.ENCODINGS)
+def test_the_block_changes_nothing_but_the_order_of_sums(encoding):
+    x = jax.random.normal(jax.random.key(0), (6, 3, 4, 6))
+    for dropout_on in ("probabilities", "factors") if encoding in positions.SEPARABLE else ("probabilities",):
+
+        def values(block, dropout_on=dropout_on):
+            layer = SelfAttention(encoding, 6, max_side=4, dropout=0.3, dropout_on=dropout_on, block=block)
+            params = layer.init(jax.random.key(1), x)
+
+            def loss(params, x):
+                return jnp.sin(layer.apply(params, x, train=True, rngs={"dropout": jax.random.key(2)})).sum()
+
+            return jax.jit(jax.value_and_grad(loss, (0, 1)))(params, x)
+
+        together = values(block=x.size * 6)
+        jax.tree.map(assert_close, values(block=1), together)  # one head of one image
+        jax.tree.map(assert_close, values(block=2 * 72 * 6), together)  # all heads of two images
 
 
 @pytest.mark.parametrize("encoding", ["quadratic_generalized", "learned_content", "learned_content_position"])
