@@ -20,8 +20,8 @@ from attn_cnn.errors import UserError
 
 CENTER_STD = 2.0
 SPREAD_STD = 0.01
-# Values mixed at a time, 4 MB in float32, by device. On a CPU they then stay in its caches: 1.3 times the speed of
-# whole batches at a 16x16 grid (benchmarks/RESULTS.md). Accelerators want large products, and so memory.
+# Values that heads mix at a time, by device. On a CPU 4 MB stay in its caches: 1.3 times the speed of whole batches at
+# a 16x16 grid (benchmarks/RESULTS.md). Accelerators want large products.
 BLOCK = {"cpu": 2**20}
 ACCELERATOR_BLOCK = 2**26
 
@@ -145,7 +145,7 @@ class SelfAttention(nn.Module):
         the grid drop out together, for all queries in a row and in a column, and mixing stays factored. Both leave the
         expected probabilities as they are.
       dtype: of the computation; parameters and softmax are float32.
-      block: values of `heads` mixed at a time, so many images and heads as that makes; 0: as the device likes it.
+      block: values that heads mix at a time, which bounds how many heads and images that is; 0: what suits the device.
     """
 
     encoding: str
@@ -189,37 +189,39 @@ class SelfAttention(nn.Module):
         if compose:
             kernel, bias = kernel @ output[0], bias @ output[0] + output[1]
 
-        def probabilities(heads, keys, image, index):
+        def probabilities(heads, keys, image):
             """Two factors if the mixing is factored, else the whole."""
-            probabilities = head_probabilities(self.encoding, heads, image)
-            if rate:
-                keys = jax.vmap(jax.random.fold_in, (0, None))(keys, index)
+            A = head_probabilities(self.encoding, heads, image)
             if rate and self.dropout_on == "factors":
-                probabilities = drop_factors(keys, rate, *probabilities)
-            if factored:
-                return probabilities
-            probabilities = joined(probabilities)
-            return drop(keys, rate, probabilities) if rate and self.dropout_on == "probabilities" else probabilities
+                A = drop_factors(keys, rate, *A)
+            if not factored:
+                A = joined(A)
+            if rate and self.dropout_on == "probabilities":
+                A = drop(keys, rate, A)
+            return A
 
         @jax.checkpoint  # otherwise the dense probabilities of all layers would wait for the backward pass
-        def apply(x, heads, keys, kernel):
-            shared = probabilities(heads, keys, x[0], 0) if position_only else None
+        def attend(x, heads, keys, kernel):
+            shared = probabilities(heads, keys, x[0]) if position_only else None
 
-            def of_heads(image, index, group):
+            def of_group(image, index, group):
                 shared, heads, keys, value = group
-                mixed = mix(shared if position_only else probabilities(heads, keys, image, index), image)
+                if rate and not position_only:
+                    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, index)
+                mixed = mix(shared if position_only else probabilities(heads, keys, image), image)
                 mixed = jnp.moveaxis(mixed, 0, 2).reshape(height * width, -1)
                 # Cast for each image, so that the gradient is summed over images in float32, as groups are here.
                 value = value.reshape(mixed.shape[1], -1).astype(self.dtype)
                 return (mixed @ value).astype(jnp.float32)
 
             def of_image(numbered):
-                return sum_over_groups(functools.partial(of_heads, *numbered), (shared, heads, keys, kernel), group)
+                return sum_over_groups(functools.partial(of_group, *numbered), (shared, heads, keys, kernel), size)
 
-            images, group = self._at_a_time(batch, height * width * features)
+            images, size = self._at_a_time(batch, height * width * features)
             return jax.lax.map(of_image, (x, jnp.arange(batch)), batch_size=images if images > 1 else None)
 
-        y = apply(x, heads, jax.random.split(self.make_rng("dropout"), self.heads) if rate else None, kernel)
+        keys = jax.random.split(self.make_rng("dropout"), self.heads) if rate else None
+        y = attend(x, heads, keys, kernel)
         y = y.reshape(batch, height, width, -1) + bias
         if output is not None and not compose:
             y = y.astype(self.dtype) @ output[0].astype(self.dtype) + output[1]
@@ -228,6 +230,7 @@ class SelfAttention(nn.Module):
     def _at_a_time(self, batch: int, values: int) -> tuple[int, int]:
         """How many images, of so many values each, and how many heads to mix at a time."""
         block = self.block or BLOCK.get(jax.default_backend(), ACCELERATOR_BLOCK)
+        # Several images only where one is small: their gradients contract over images and pixels, which XLA transposes.
         heads = largest_divisor(self.heads, block // values)
         return largest_divisor(batch, block // (values * heads)) if heads == self.heads else 1, heads
 
