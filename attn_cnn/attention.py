@@ -6,7 +6,7 @@ For separable encodings A_h = R_h (x) C_h, a row factor and a column factor, and
 O(heads * H * W * (H + W) * D) instead of O(heads * (H * W)^2 * D), with no approximation.
 """
 
-import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -20,10 +20,9 @@ from attn_cnn.errors import UserError
 
 CENTER_STD = 2.0
 SPREAD_STD = 0.01
-# Values that heads mix at a time, by device. On a CPU 4 MB stay in its caches: 1.3 times the speed of whole batches at
-# a 16x16 grid (benchmarks/RESULTS.md). Accelerators want large products.
-BLOCK = {"cpu": 2**20}
-ACCELERATOR_BLOCK = 2**26
+# Values that heads mix at a time. On a CPU 4 MB of float32 stay in its caches: 1.3 times the speed of whole batches
+# at a 16x16 grid (benchmarks/RESULTS.md). Accelerators want large products.
+CPU_BLOCK, ACCELERATOR_BLOCK = 2**20, 2**26
 
 
 def fan_in_uniform(fan_in: int) -> nn.initializers.Initializer:
@@ -145,7 +144,8 @@ class SelfAttention(nn.Module):
         the grid drop out together, for all queries in a row and in a column, and mixing stays factored. Both leave the
         expected probabilities as they are.
       dtype: of the computation; parameters and softmax are float32.
-      block: values that heads mix at a time, which bounds how many heads and images that is; 0: what suits the device.
+      block: most mixed values, or probabilities, of some heads and images that are there at once; 0: what suits the
+        device.
     """
 
     encoding: str
@@ -200,39 +200,47 @@ class SelfAttention(nn.Module):
                 A = drop(keys, rate, A)
             return A
 
-        @jax.checkpoint  # otherwise the dense probabilities of all layers would wait for the backward pass
-        def attend(x, heads, keys, kernel):
-            shared = probabilities(heads, keys, x[0]) if position_only else None
+        sharing, at_once, images = self._block_sizes(batch, height * width, features, factored)
 
-            def of_group(image, index, group):
-                shared, heads, keys, value = group
-                if rate and not position_only:
-                    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, index)
-                mixed = mix(shared if position_only else probabilities(heads, keys, image), image)
-                mixed = jnp.moveaxis(mixed, 0, 2).reshape(height * width, -1)
-                # Cast for each image, so that the gradient is summed over images in float32, as groups are here.
-                value = value.reshape(mixed.shape[1], -1).astype(self.dtype)
-                return (mixed @ value).astype(jnp.float32)
+        def attend(terms):
+            """The sum over `sharing` heads, for all images."""
+            shared = probabilities(*terms[:2], x[0]) if position_only else None
 
             def of_image(numbered):
-                return sum_over_groups(functools.partial(of_group, *numbered), (shared, heads, keys, kernel), size)
+                image, index = numbered
 
-            images, size = self._at_a_time(batch, height * width * features)
+                def of_heads(group):
+                    shared, heads, keys, value = group
+                    if rate and not position_only:
+                        keys = jax.vmap(jax.random.fold_in, (0, None))(keys, index)
+                    mixed = mix(shared if position_only else probabilities(heads, keys, image), image)
+                    mixed = jnp.moveaxis(mixed, 0, 2).reshape(height * width, -1)
+                    # Cast here, so that the gradient is summed over blocks of images in float32, as groups are.
+                    value = value.reshape(mixed.shape[1], -1).astype(self.dtype)
+                    return (mixed @ value).astype(jnp.float32)
+
+                return sum_over_groups(of_heads, (shared, *terms), at_once)
+
             return jax.lax.map(of_image, (x, jnp.arange(batch)), batch_size=images if images > 1 else None)
 
         keys = jax.random.split(self.make_rng("dropout"), self.heads) if rate else None
-        y = attend(x, heads, keys, kernel)
+        y = sum_over_groups(attend, (heads, keys, kernel), sharing)
         y = y.reshape(batch, height, width, -1) + bias
         if output is not None and not compose:
             y = y.astype(self.dtype) @ output[0].astype(self.dtype) + output[1]
         return y.astype(self.dtype)
 
-    def _at_a_time(self, batch: int, values: int) -> tuple[int, int]:
-        """How many images, of so many values each, and how many heads to mix at a time."""
-        block = self.block or BLOCK.get(jax.default_backend(), ACCELERATOR_BLOCK)
-        # Several images only where one is small: their gradients contract over images and pixels, which XLA transposes.
-        heads = largest_divisor(self.heads, block // values)
-        return largest_divisor(batch, block // (values * heads)) if heads == self.heads else 1, heads
+    def _block_sizes(self, batch: int, pixels: int, features: int, factored: bool) -> tuple[int, int, int]:
+        """Heads whose probabilities for all images are there at once; heads, and images, that are mixed at once."""
+        block = self.block or (CPU_BLOCK if jax.default_backend() == "cpu" else ACCELERATOR_BLOCK)
+        shared = self.encoding in positions.POSITION_ONLY
+        sharing = largest_divisor(self.heads, block // pixels**2) if shared and not factored else self.heads
+        head = pixels * (features if shared else max(features, pixels))
+        at_once = largest_divisor(sharing, block // head)
+        if at_once < self.heads:
+            return sharing, at_once, 1
+        blocks = math.ceil(batch / max(1, block // (head * at_once)))
+        return sharing, at_once, math.ceil(batch / blocks)
 
     def _is_factored(self, rate) -> bool:
         """Whether mixing goes one grid axis at a time; learned_query's factors, one pair a query, are multiplied."""

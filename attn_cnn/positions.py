@@ -1,5 +1,4 @@
-"""Attention scores of the encodings (sections 2 and 3 of the paper), as pure functions of one
-image and some heads.
+"""Attention scores of the encodings (sections 2 and 3 of the paper), as pure functions of one image and some heads.
 
 A query pixel (i, j) looks at a key pixel (k, l) through their shift d = (k - i, l - j). An encoding is
 *separable* when its score is (a function of the rows) + (a function of the columns): the softmax over the
@@ -97,5 +96,5 @@ def content(
 
 
 def _product(a: Float[Array, "n features"], b: Float[Array, "m features"]) -> Float[Array, "n m"]:
-    """a b^T, in float32 of whatever type."""
+    """a b^T, in float32 whatever the type of a and b."""
     return jnp.einsum("nd,md->nm", a, b, preferred_element_type=jnp.float32)

@@ -44,14 +44,14 @@ def paper_flops(model: ml_collections.ConfigDict) -> int:
 
 def compiled_flops(model: ml_collections.ConfigDict) -> float:
     """FLOPs of one image's evaluation in float32 (so factored, where it may be), as the compiler counts them."""
-    module, variables = unrolled(create_model(model)), abstract_variables(model)
+    module, variables = in_one_block(create_model(model)), abstract_variables(model)
     images = jax.ShapeDtypeStruct((1, *model.image_shape), jnp.float32)
     compiled = jax.jit(module.apply).lower(variables, images).compile()
     return compiled.cost_analysis()["flops"]
 
 
-def unrolled(module: nn.Module) -> nn.Module:
-    """The same module without loops over images and heads, of whose rounds the compiler counts one."""
+def in_one_block(module: nn.Module) -> nn.Module:
+    """The same module with all images and heads at once: of a loop the compiler counts one round."""
     if isinstance(module, Classifier):
         module = module.clone(attention={**module.attention, "block": sys.maxsize})
     return module

@@ -128,7 +128,7 @@ def training_side(run: train.Run, layer: type[nn.Module] | None = None) -> Side:
     with in_place_of_attention(layer):
         state = devices.replicate(train.create_state(run))
         compiled = compile_step(train.train_step, run, state, *arguments, share, donate=(0,))
-        counted = compile_step(train.train_step, unrolled(run), state, *arguments, share)
+        counted = compile_step(train.train_step, in_one_block(run), state, *arguments, share)
 
     def once():
         nonlocal state
@@ -148,7 +148,7 @@ def evaluation_side(run: train.Run, layer: type[nn.Module] | None = None) -> Sid
         state = train.create_state(run)
         variables = devices.replicate({"params": state.params, "batch_stats": state.batch_stats})
         compiled = compile_step(train.eval_step, run, variables, *arguments, share)
-        counted = compile_step(train.eval_step, unrolled(run), variables, *arguments, share)
+        counted = compile_step(train.eval_step, in_one_block(run), variables, *arguments, share)
 
     def once():
         jax.block_until_ready(compiled(variables, *arguments, share))
@@ -163,9 +163,9 @@ def random_images(run: train.Run) -> tuple[np.ndarray, np.ndarray]:
     return images, random.integers(0, spec.classes, EXAMPLES, np.int32)
 
 
-def unrolled(run: train.Run) -> train.Run:
-    """The same run with its heads written out, for the compiler to count."""
-    return run._replace(model=report.unrolled(run.model))
+def in_one_block(run: train.Run) -> train.Run:
+    """The same run with all images and heads at once, for the compiler to count."""
+    return run._replace(model=report.in_one_block(run.model))
 
 
 def compile_step(step: Callable, run: train.Run, *values, donate: tuple[int, ...] = ()) -> jax.stages.Compiled:
@@ -180,10 +180,10 @@ def compiled_side(once: Callable, images: int, compiled: jax.stages.Compiled, co
     return Side(once, images, analysis["flops"], analysis["bytes accessed"], memory)
 
 
-def function_side(function: Callable, *arguments, images: int = 0) -> Side:
-    """`function`, compiled for `arguments`."""
-    compiled = jax.jit(function).lower(*arguments).compile()
-    return compiled_side(lambda: jax.block_until_ready(compiled(*arguments)), images, compiled, compiled)
+def function_side(function: Callable, *arguments, images: int = 0, counted: Callable | None = None) -> Side:
+    """`function`, compiled for `arguments`; `counted` computes the same without loops."""
+    compiled, counted = (jax.jit(f).lower(*arguments).compile() for f in (function, counted or function))
+    return compiled_side(lambda: jax.block_until_ready(compiled(*arguments)), images, compiled, counted)
 
 
 def matmul_side() -> Side:

@@ -6,6 +6,7 @@ A layer's values and all its gradients, for 2 images.
 """
 
 import statistics
+import sys
 from pathlib import Path
 
 import jax
@@ -22,6 +23,10 @@ ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds of each form.")
 HEADS, FEATURES = 9, 400
 
 
+def gradients(layer, output):
+    return jax.value_and_grad(lambda params, x: jnp.square(layer.apply(params, x, None, output)).sum(), (0, 1))
+
+
 def main(_):
     common_fields = {"max_side": 64, "embedding_size": 0, "dropout": 0.0, "dropout_on": "probabilities"}
     layers = {
@@ -34,11 +39,8 @@ def main(_):
         sides = {}
         for name, layer in layers.items():
             params = layer.init(jax.random.key(0), x, None, identity)
-
-            def total(params, x, layer=layer):
-                return jnp.square(layer.apply(params, x, None, identity)).sum()
-
-            sides[name] = common.function_side(jax.value_and_grad(total, (0, 1)), params, x, images=BATCH.value)
+            functions = (gradients(layer, identity), gradients(layer.clone(block=sys.maxsize), identity))
+            sides[name] = common.function_side(functions[0], params, x, images=BATCH.value, counted=functions[1])
         seconds = common.alternate(sides, ROUNDS.value)
         print(f"\n{grid}x{grid}\n{common.table(sides, seconds, '3x3 convolution')}", flush=True)
         for name in layers:
