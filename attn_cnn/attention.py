@@ -22,7 +22,7 @@ CENTER_STD = 2.0
 SPREAD_STD = 0.01
 # Values that heads mix at a time. On a CPU 4 MB of float32 stay in its caches: 1.3 times the speed of whole batches
 # at a 16x16 grid (benchmarks/RESULTS.md). Accelerators want large products.
-CPU_BLOCK, ACCELERATOR_BLOCK = 2**20, 2**26
+CPU_BLOCK, ACCELERATOR_BLOCK = 2**20, 2**27
 
 
 def fan_in_uniform(fan_in: int) -> nn.initializers.Initializer:
@@ -237,10 +237,9 @@ class SelfAttention(nn.Module):
         sharing = largest_divisor(self.heads, block // pixels**2) if shared and not factored else self.heads
         head = pixels * (features if shared else max(features, pixels))
         at_once = largest_divisor(sharing, block // head)
-        if at_once < self.heads:
-            return sharing, at_once, 1
-        blocks = math.ceil(batch / max(1, block // (head * at_once)))
-        return sharing, at_once, math.ceil(batch / blocks)
+        # Several images only where they are small: XLA transposes their gradients back and forth, which takes room too.
+        images = max(1, block // 4 // (head * at_once)) if at_once == self.heads else 1
+        return sharing, at_once, math.ceil(batch / math.ceil(batch / images))
 
     def _is_factored(self, rate) -> bool:
         """Whether mixing goes one grid axis at a time; learned_query's factors, one pair a query, are multiplied."""

@@ -6,6 +6,7 @@ A twin is the same network with another layer in place of `SelfAttention`.
 import contextlib
 import functools
 import importlib
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -187,18 +188,21 @@ def function_side(function: Callable, *arguments, images: int = 0, counted: Call
 
 
 def matmul_side() -> Side:
-    """The machine's own float32 product of square matrices."""
-    a = jax.random.normal(jax.random.key(0), (MATMUL, MATMUL))
-    return function_side(jnp.matmul, a, a)
+    """The machine's own float32 product of square matrices, eight in a row, since the first runs cold."""
+    a = jax.random.normal(jax.random.key(0), (MATMUL, MATMUL)) / MATMUL**0.5
+    return function_side(lambda a: functools.reduce(jnp.matmul, [a] * 9), a)
 
 
 def alternate(sides: dict[str, Side], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every round of each side; they take turns, and a round before the first is not counted."""
+    """Seconds of every round of each side, after one that is not counted.
+
+    They take turns, in another order each round: it matters which program ran before.
+    """
     seconds = {name: [] for name in sides}
     for i in range(rounds + 1):
-        for name, side in sides.items():
+        for name in random.Random(i).sample(list(sides), len(sides)):
             started = time.perf_counter()
-            side.once()
+            sides[name].once()
             if i:
                 seconds[name].append(time.perf_counter() - started)
     return seconds

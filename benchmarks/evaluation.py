@@ -6,7 +6,7 @@ from benchmarks import common
 
 GRID = flags.DEFINE_integer("grid", 16, "Side of the grid.")
 BATCH = flags.DEFINE_integer("batch", 20, "Images at a time.")
-ROUNDS = flags.DEFINE_integer("rounds", 7, "Batches of each side.")
+ROUNDS = flags.DEFINE_integer("rounds", 15, "Batches of each side.")
 
 
 def main(_):

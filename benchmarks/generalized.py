@@ -10,6 +10,8 @@ fft: exact but for rounding, |error| <= c eps |e|_1 max|x| / sum_k e[k - q], unb
 window: drops shifts further than `--radius` from the center; |error| <= 2 (1 - m) max|x|, m the probability inside.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from absl import app, flags
@@ -24,15 +26,21 @@ ROUNDS = flags.DEFINE_integer("rounds", 7, "Rounds of each side.")
 HEADS, FEATURES = 9, 400
 
 
-def by_image(heads, x, loop=jax.lax.map):
-    """What the heads mix, in the layer's way: all heads of one image after another."""
+def by_image(heads, x, weights, loop=jax.lax.map):
+    """Weighted sum of what the heads mix, in the layer's way: all heads of one image after another."""
     probabilities = attention.head_probabilities("quadratic_generalized", heads, x[0])
-    return loop(jax.checkpoint(lambda image: attention.mix_dense(probabilities, image)), x)
+    total = jax.checkpoint(lambda image, weights: jnp.vdot(attention.mix_dense(probabilities, image), weights))
+    return loop(lambda values: total(*values), (x, weights)).sum()
 
 
 def by_head(mix):
     """The same with `mix`, of one head after another and all images."""
-    return lambda heads, x, loop=jax.lax.map: loop(jax.checkpoint(lambda head: mix(head, x)), heads)
+
+    def total(heads, x, weights, loop=jax.lax.map):
+        total = jax.checkpoint(lambda head, weights: jnp.vdot(mix(head, x), weights))
+        return loop(lambda values: total(*values), (heads, weights)).sum()
+
+    return total
 
 
 def at_once(function, values):
@@ -80,19 +88,9 @@ def window(head, x):
     return correlate(x) / correlate(jnp.ones((1, side, side, 1)))
 
 
-def with_gradients(mix, **loop):
-    def function(heads, x, weights):
-        def total(heads, x):
-            return jnp.vdot(mix(heads, x, **loop), weights)
-
-        return jax.value_and_grad(total, (0, 1))(heads, x)
-
-    return function
-
-
 def plain(probabilities, x, weights):
-    """One product of all heads' matrices with all images, and its two gradients."""
-    return jax.value_and_grad(lambda a, x: jnp.vdot(a @ x, weights), (0, 1))(probabilities, x)
+    """One product of all heads' matrices with all images."""
+    return jnp.vdot(probabilities @ x, weights)
 
 
 def main(_):
@@ -109,17 +107,16 @@ def main(_):
     arguments = {"product": (matrices, columns, jnp.tile(columns, (HEADS, 1)))}
     arguments["quadratic_generalized"] = (heads, x, every_head.swapaxes(0, 1))
     arguments["fft"] = arguments["window"] = (heads, x, every_head)
-    mixes = {"quadratic_generalized": by_image, "fft": by_head(fft), "window": by_head(window)}
-    sides = {"product": common.function_side(plain, *arguments["product"], images=batch)} | {
-        name: common.function_side(
-            with_gradients(mix), *arguments[name], images=batch, counted=with_gradients(mix, loop=at_once)
-        )
-        for name, mix in mixes.items()
-    }
+    totals = {"quadratic_generalized": by_image, "fft": by_head(fft), "window": by_head(window)}
+    sides = {"product": common.function_side(jax.value_and_grad(plain, (0, 1)), *arguments["product"], images=batch)}
+    for name, total in totals.items():
+        looped = jax.value_and_grad(total, (0, 1))
+        counted = jax.value_and_grad(functools.partial(total, loop=at_once), (0, 1))
+        sides[name] = common.function_side(looped, *arguments[name], images=batch, counted=counted)
     print(common.table(sides, common.alternate(sides, ROUNDS.value), "product"))
-    expected = by_image(heads, x).swapaxes(0, 1)
-    for name in ("fft", "window"):
-        error = jnp.abs(mixes[name](heads, x) - expected).max()
+    expected = attention.mix_dense(attention.head_probabilities("quadratic_generalized", heads, x[0]), x[0])
+    for name, mix in {"fft": fft, "window": window}.items():
+        error = jnp.abs(jax.vmap(mix, (0, None))(heads, x[:1])[:, 0] - expected).max()
         print(f"{name}: largest difference {error:.1e} of values up to {jnp.abs(expected).max():.1f}")
 
 

@@ -13,7 +13,7 @@ from benchmarks import common
 
 GRID = flags.DEFINE_integer("grid", 16, "Side of the grid.")
 BATCH = flags.DEFINE_integer("batch", 20, "Images in a step.")
-ROUNDS = flags.DEFINE_integer("rounds", 5, "Steps of each side.")
+ROUNDS = flags.DEFINE_integer("rounds", 9, "Steps of each side.")
 
 
 def main(_):

@@ -184,10 +184,9 @@ def test_the_block_changes_nothing_but_the_order_of_sums(encoding):
 
             return jax.jit(jax.value_and_grad(loss, (0, 1)))(params, x)
 
-        together = values(images * heads * math.prod(image))
-        for images_at_once, heads_at_once in ((1, 1), (1, 3), (2, 6)):
-            block = images_at_once * heads_at_once * math.prod(image)
-            jax.tree.map(assert_close, values(block), together)
+        together = values(4 * images * heads * math.prod(image))
+        for blocks in (1, 3, 4 * 2 * heads):  # one head of one image, three heads of one, all heads of two
+            jax.tree.map(assert_close, values(blocks * math.prod(image)), together)
 
 
 def test_each_head_has_a_mask_of_its_own():
