@@ -20,7 +20,7 @@ from attn_cnn.errors import UserError
 
 CENTER_STD = 2.0
 SPREAD_STD = 0.01
-# Values that heads mix at a time. On a CPU 4 MB of float32 stay in its caches: 1.3 times the speed of whole batches
+# Values that heads mix at a time. On a CPU 4 MB of float32 stay in its caches: up to 1.3 times as fast as whole batches
 # at a 16x16 grid (benchmarks/RESULTS.md). Accelerators want large products.
 CPU_BLOCK, ACCELERATOR_BLOCK = 2**20, 2**27
 
