@@ -14,6 +14,11 @@ flags.DEFINE_boolean("profile", False, "Write a trace of a few training steps to
 flags.DEFINE_enum("mode", "train", ["train", "evaluate", "describe"], "What to do.")
 
 
+@flags.multi_flags_validator(["mode", "profile"], message="--profile traces training; it goes with --mode=train alone.")
+def profile_goes_with_training(values):
+    return values["mode"] == "train" or not values["profile"]
+
+
 def main(_):
     from attn_cnn import devices, report, train  # JAX is not needed to find a mistake in the flags
 

@@ -27,7 +27,9 @@ class Profile:
             self._stop()
         else:
             jax.block_until_ready(result)
-            jax.profiler.start_trace(os.fspath(self._directory))
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0  # Python's frames would be most of the trace, and slow the steps
+            jax.profiler.start_trace(os.fspath(self._directory), profiler_options=options)
             self._tracing = True
         return True
 

@@ -320,6 +320,8 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, profile: b
         evaluated = step == 0 or checkpoints.metrics(step) is not None
         if step == run.total_steps and evaluated:
             accuracy = checkpoints.metrics(step)["test_accuracy"]
+            if profile:
+                log.warning("No step is left to trace; give --profile another --workdir.")
         else:
             begin = f"Resuming {workdir} at step {step} of" if step else f"Starting {workdir}:"
             log.info("%s %d steps.", begin, run.total_steps)

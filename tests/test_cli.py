@@ -11,6 +11,7 @@ MISTAKES = {
     "type": (["--config=configs/quadratic.py", "--config.seed=abc"], "--config.seed=abc"),
     "value": (["--config=configs/quadratic.py", "--config.model.patch=3"], "choose one of 1, 2, 4"),
     "mode": (["--config=configs/quadratic.py", "--mode=fly"], "train|evaluate|describe"),
+    "profile": (["--config=configs/quadratic.py", "--mode=describe", "--profile"], "--profile traces training"),
     "none": ([], "--config must have a value"),
     "nothing to evaluate": (
         ["--config=configs/quadratic.py:digits", "--mode=evaluate", "--workdir=/nonexistent/run"],

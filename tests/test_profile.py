@@ -13,6 +13,8 @@ def test_profile_traces_steps(tmp_path):
     events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
     assert any("hlo_op" in event.get("args", {}) for event in events)
     assert list(trace.parent.glob("*.xplane.pb"))
+    again = program.run(f"--workdir={tmp_path / 'run'}", "--profile", "--config.epochs=1")
+    assert "No step is left to trace" in again.stderr
 
 
 def test_a_run_shorter_than_the_trace_is_traced_to_its_end(tmp_path):
