@@ -179,8 +179,8 @@ class SelfAttention(nn.Module):
 
         heads = self._heads(features, tables)
         if self.is_mutable_collection("intermediates"):
-            images = x[:1] if position_only else x
-            maps = jax.lax.map(lambda image: joined(head_probabilities(self.encoding, heads, image)), images)
+            mapped = x[:1] if position_only else x
+            maps = jax.lax.map(lambda image: joined(head_probabilities(self.encoding, heads, image)), mapped)
             self.sow("intermediates", "probabilities", maps)
 
         kernel, bias = Linear((self.heads, features, features), (features,), self.heads * features, name="value")()
@@ -208,18 +208,19 @@ class SelfAttention(nn.Module):
 
             def of_image(numbered):
                 image, index = numbered
+                heads, keys, kernel = terms
+                if rate and not position_only:  # each image has masks of its own
+                    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, index)
 
                 def of_heads(group):
                     shared, heads, keys, value = group
-                    if rate and not position_only:
-                        keys = jax.vmap(jax.random.fold_in, (0, None))(keys, index)
                     mixed = mix(shared if position_only else probabilities(heads, keys, image), image)
                     mixed = jnp.moveaxis(mixed, 0, 2).reshape(height * width, -1)
                     # Cast here, so that the gradient is summed over blocks of images in float32, as groups are.
                     value = value.reshape(mixed.shape[1], -1).astype(self.dtype)
                     return (mixed @ value).astype(jnp.float32)
 
-                return sum_over_groups(of_heads, (shared, *terms), at_once)
+                return sum_over_groups(of_heads, (shared, heads, keys, kernel), at_once)
 
             return jax.lax.map(of_image, (x, jnp.arange(batch)), batch_size=images if images > 1 else None)
 

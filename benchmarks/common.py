@@ -159,9 +159,9 @@ def evaluation_side(run: train.Run, layer: type[nn.Module] | None = None) -> Sid
 
 def random_images(run: train.Run) -> tuple[np.ndarray, np.ndarray]:
     """The data set of a benchmark, and its labels."""
-    random, spec = np.random.default_rng(0), run.spec
-    images = random.integers(0, 256, (EXAMPLES, *spec.image_shape), np.uint8)
-    return images, random.integers(0, spec.classes, EXAMPLES, np.int32)
+    rng, spec = np.random.default_rng(0), run.spec
+    images = rng.integers(0, 256, (EXAMPLES, *spec.image_shape), np.uint8)
+    return images, rng.integers(0, spec.classes, EXAMPLES, np.int32)
 
 
 def in_one_block(run: train.Run) -> train.Run:

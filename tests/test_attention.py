@@ -40,7 +40,7 @@ def quadratic_probabilities64(centers, spreads, height, width):
     return softmax64(-0.5 * np.asarray(spreads, np.float64)[:, None, None, None, None] ** 2 * distances)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     height=st.integers(1, 6),
     width=st.integers(1, 6),
