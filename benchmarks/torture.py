@@ -42,16 +42,32 @@ def arguments(workdir: Path, extra: tuple[str, ...]) -> tuple[str, ...]:
     return (f"--workdir={workdir}", f"--config.epochs={EPOCHS}", "--config.checkpoint.every_epochs=1", *extra)
 
 
+def newest_checkpoint(workdir: Path) -> int:
+    """The step of the newest whole one, or 0."""
+    return max((int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()), default=0)
+
+
+def unfinished_checkpoints(workdir: Path) -> set[Path]:
+    """Folders of checkpoints being written, or left by a kill."""
+    return set((workdir / "checkpoints").glob("*tmp*"))
+
+
 def kill_once(config: str, flags_: tuple[str, ...], workdir: Path, while_writing: bool, rng: random.Random) -> bool:
-    """Starts the run and kills it; True if a checkpoint was being written at that moment."""
+    """Starts the run and kills it, while it starts or after a few checkpoints; True if one was being written then."""
+    newest, left, deadline = newest_checkpoint(workdir), rng.randint(0, 2), None
+    of_former_kills = unfinished_checkpoints(workdir)
     process = program.start(*flags_, config=config, tiny=False)
-    deadline = time.monotonic() + rng.uniform(1, 20)
-    writing = False
-    while process.poll() is None and not (time.monotonic() > deadline and not while_writing):
-        writing = any((workdir / "checkpoints").glob("*tmp*"))
-        if while_writing and writing:
-            break
+    while process.poll() is None:
+        if left and newest_checkpoint(workdir) > newest:
+            newest, left = newest_checkpoint(workdir), left - 1
+        if not left:
+            deadline = deadline or time.monotonic() + rng.uniform(0, 5)
+            if unfinished_checkpoints(workdir) - of_former_kills if while_writing else time.monotonic() > deadline:
+                break
         time.sleep(0.001)
+    if while_writing:
+        time.sleep(rng.uniform(0, 0.1))
+    writing = bool(unfinished_checkpoints(workdir) - of_former_kills)
     process.kill()
     process.stderr.close()
     return process.wait() == -signal.SIGKILL and writing
