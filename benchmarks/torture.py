@@ -1,6 +1,6 @@
 """Kills runs at random moments, many times, and looks for anything lost.
 
-    python -m benchmarks.torture            # about 15 minutes on 2 cores
+    python -m benchmarks.torture            # about 10 minutes on 2 cores
     python -m benchmarks.torture --kills=4  # a taste
 
 Each run is trained once in peace. Then the same command, in another workdir, is killed with SIGKILL again and again
@@ -32,9 +32,9 @@ SEED = flags.DEFINE_integer("seed", 0, "Of the random moments.")
 RUNS = {
     "quadratic": ("configs/quadratic.py:digits", ("--config.model.layers=1", "--config.model.hidden_size=16")),
     "learned_query": ("configs/learned_query.py:digits", ("--config.model.layers=1", "--config.model.hidden_size=16")),
-    "resnet18": ("configs/resnet18.py:digits", ("--config.model.width=2", "--config.optimizer.decay_epochs=(20,)")),
+    "resnet18": ("configs/resnet18.py:digits", ("--config.model.width=2", "--config.optimizer.decay_epochs=(40,)")),
 }
-EPOCHS = 40
+EPOCHS = 80
 TAGS = ("train/loss", "train/accuracy", "lr", "test/loss", "test/accuracy")
 
 
@@ -55,13 +55,14 @@ def unfinished_checkpoints(workdir: Path) -> set[Path]:
 def kill_once(config: str, flags_: tuple[str, ...], workdir: Path, while_writing: bool, rng: random.Random) -> bool:
     """Starts the run and kills it, while it starts or after a few checkpoints; True if one was being written then."""
     newest, left, deadline = newest_checkpoint(workdir), rng.randint(0, 2), None
+    seconds = rng.uniform(0, 0.5 if left else 5)  # a few epochs, or what it takes to start
     of_former_kills = unfinished_checkpoints(workdir)
     process = program.start(*flags_, config=config, tiny=False)
     while process.poll() is None:
         if left and newest_checkpoint(workdir) > newest:
             newest, left = newest_checkpoint(workdir), left - 1
         if not left:
-            deadline = deadline or time.monotonic() + rng.uniform(0, 5)
+            deadline = deadline or time.monotonic() + seconds
             if unfinished_checkpoints(workdir) - of_former_kills if while_writing else time.monotonic() > deadline:
                 break
         time.sleep(0.001)
@@ -70,7 +71,8 @@ def kill_once(config: str, flags_: tuple[str, ...], workdir: Path, while_writing
     writing = bool(unfinished_checkpoints(workdir) - of_former_kills)
     process.kill()
     process.stderr.close()
-    return process.wait() == -signal.SIGKILL and writing
+    assert process.wait() == -signal.SIGKILL, f"{workdir} was finished before it could be killed; raise EPOCHS"
+    return writing
 
 
 def final_params(workdir: Path) -> dict:
