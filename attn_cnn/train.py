@@ -263,18 +263,14 @@ class Clock:
     def __init__(self, images_per_step: float):
         self._images, self._line = images_per_step, time.perf_counter()
         self._last, self._seconds, self._steps = None, 0.0, 0
-        self._compiled, self._all_steps = None, 0  # when the first step ended, and how many followed
+        self._first, self._all_steps = None, 0  # when the first step, which compiles, ended; and how many there were
 
     def tick(self) -> None:
         """A step has ended."""
         now = time.perf_counter()
         if self._last is not None:
             self._seconds, self._steps = self._seconds + now - self._last, self._steps + 1
-        if self._compiled is None:
-            self._compiled = now
-        else:
-            self._all_steps += 1
-        self._last = now
+        self._last, self._first, self._all_steps = now, self._first or now, self._all_steps + 1
 
     def pause(self) -> None:
         """What follows, up to the next tick, is no step."""
@@ -295,9 +291,9 @@ class Clock:
 
     def remaining(self, steps: int) -> str:
         """How long `steps` more will take, everything but compiling included, as in "1:23:45 left"."""
-        if not self._all_steps:
+        if self._all_steps < 2:
             return "just resumed"
-        seconds = (time.perf_counter() - self._compiled) / self._all_steps * steps
+        seconds = (time.perf_counter() - self._first) / (self._all_steps - 1) * steps
         return f"{tqdm.tqdm.format_interval(seconds)} left"
 
 

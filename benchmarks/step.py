@@ -1,8 +1,8 @@
 """The paper-scale training step: factored attention against a 3x3 convolution in its place, and the dense form.
 
     python -m benchmarks.step                                 # 16x16, about 3 minutes on 2 cores
-    python -m benchmarks.step --grid=32 --rounds=5            # about 6 minutes
-    python -m benchmarks.step --grid=64 --batch=2 --rounds=3  # about 5 minutes
+    python -m benchmarks.step --grid=32 --rounds=5            # about 8 minutes
+    python -m benchmarks.step --grid=64 --batch=2 --rounds=3  # about 3 minutes
 
 Rates are the compiler's FLOPs over the time, beside a float32 product of 2048x2048 matrices in the same run.
 """

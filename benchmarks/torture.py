@@ -10,9 +10,11 @@ parameters must be those of the peaceful run to the last bit, and its metrics th
 
 import random
 import signal
+import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -42,37 +44,38 @@ def arguments(workdir: Path, extra: tuple[str, ...]) -> tuple[str, ...]:
     return (f"--workdir={workdir}", f"--config.epochs={EPOCHS}", "--config.checkpoint.every_epochs=1", *extra)
 
 
-def newest_checkpoint(workdir: Path) -> int:
-    """The step of the newest whole one, or 0."""
-    return max((int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()), default=0)
-
-
 def unfinished_checkpoints(workdir: Path) -> set[Path]:
     """Folders of checkpoints being written, or left by a kill."""
     return set((workdir / "checkpoints").glob("*tmp*"))
 
 
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen) -> None:
+    """Or until the process ends."""
+    while process.poll() is None and not condition():
+        time.sleep(0.001)
+
+
 def kill_once(config: str, flags_: tuple[str, ...], workdir: Path, while_writing: bool, rng: random.Random) -> bool:
     """Starts the run and kills it, while it starts or after a few checkpoints; True if one was being written then."""
-    newest, left, deadline = newest_checkpoint(workdir), rng.randint(0, 2), None
-    seconds = rng.uniform(0, 0.5 if left else 5)  # a few epochs, or what it takes to start
-    of_former_kills = unfinished_checkpoints(workdir)
+    checkpoints, of_former_kills = rng.randint(0, 2), unfinished_checkpoints(workdir)
+
+    def writing():
+        return bool(unfinished_checkpoints(workdir) - of_former_kills)
+
     process = program.start(*flags_, config=config, tiny=False)
-    while process.poll() is None:
-        if left and newest_checkpoint(workdir) > newest:
-            newest, left = newest_checkpoint(workdir), left - 1
-        if not left:
-            deadline = deadline or time.monotonic() + seconds
-            if unfinished_checkpoints(workdir) - of_former_kills if while_writing else time.monotonic() > deadline:
-                break
-        time.sleep(0.001)
+    for _ in range(checkpoints):
+        newest = program.newest_checkpoint(workdir)
+        wait_until(lambda newest=newest: program.newest_checkpoint(workdir) > newest, process)
     if while_writing:
+        wait_until(writing, process)
         time.sleep(rng.uniform(0, 0.1))
-    writing = bool(unfinished_checkpoints(workdir) - of_former_kills)
+    else:
+        time.sleep(rng.uniform(0, 0.5 if checkpoints else 5))  # a few epochs, or what it takes to start
+    was_writing = writing()
     process.kill()
     process.stderr.close()
     assert process.wait() == -signal.SIGKILL, f"{workdir} was finished before it could be killed; raise EPOCHS"
-    return writing
+    return was_writing
 
 
 def final_params(workdir: Path) -> dict:
@@ -94,7 +97,7 @@ def torture(name: str, kills: int, rng: random.Random, folder: Path) -> dict[str
     for kill in range(kills):
         during_writes += kill_once(config, flags_, tortured, kill % 2 == 1, rng)
         print(f"{name}: kill {kill + 1} of {kills}", file=sys.stderr)
-        resumes += any(path.name.isdigit() for path in (tortured / "checkpoints").glob("*"))
+        resumes += program.newest_checkpoint(tortured) > 0
     output = program.run(*flags_, config=config, tiny=False, timeout=3600).stderr
     assert "Resuming" in output or "is finished" in output, output
     same = jax.tree.map(np.array_equal, final_params(peaceful), final_params(tortured))

@@ -67,3 +67,8 @@ def wait_for(process, words):
 def scalars(workdir, tag):
     """(step, value) of every time `tag` was written, in order."""
     return [(step, value) for step, name, value in read(epath.Path(workdir) / "metrics") if name == tag]
+
+
+def newest_checkpoint(workdir):
+    """The step of the newest whole one, or 0."""
+    return max((int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()), default=0)

@@ -12,10 +12,6 @@ import pytest
 LONG = ("--config.epochs=2000", "--config.checkpoint.every_epochs=1")
 
 
-def newest(workdir):
-    return max(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_the_step_in_flight(number, tmp_path):
     workdir = tmp_path / "run"
@@ -27,7 +23,7 @@ def test_a_signal_saves_the_step_in_flight(number, tmp_path):
     assert time.monotonic() - started < 30
     assert process.returncode == 128 + number
     step = int(output.split("stopped at step ")[1].split(";")[0])
-    assert newest(workdir) == step
+    assert program.newest_checkpoint(workdir) == step
     process = program.start(f"--workdir={workdir}", *LONG)
     program.wait_for(process, f"Resuming {workdir} at step {step} of")
     process.kill()
@@ -73,7 +69,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_the_last_checkpoint_stays(tm
     assert first.returncode == 1
     assert "not finite at step" in first.stderr and "with learning rate" in first.stderr
     assert "Traceback" not in first.stderr
-    step = newest(tmp_path / "run")
+    step = program.newest_checkpoint(tmp_path / "run")
     assert f"The checkpoint of step {step} is untouched" in first.stderr
     second = program.run(*flags, check=False)
     assert f"Resuming {tmp_path}/run at step {step} " in second.stderr
@@ -99,7 +95,7 @@ def test_a_full_disk_is_named_and_nothing_earlier_is_lost(tmp_path):
     program.wait_for(process, "epoch 2/")
     process.send_signal(signal.SIGTERM)
     process.communicate()
-    step = newest(tmp_path / "run")
+    step = program.newest_checkpoint(tmp_path / "run")
 
     def no_file_beyond_4_kib():
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
