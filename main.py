@@ -3,7 +3,6 @@
 from absl import flags
 
 from attn_cnn import cli
-from attn_cnn.config import default_workdir
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("workdir", None, "Where the run lives. Default: runs/<config name>[_<scale>].")
@@ -20,10 +19,11 @@ def profile_goes_with_training(values):
 
 
 def main(_):
-    from attn_cnn import devices, report, train  # JAX is not needed to find a mistake in the flags
+    from attn_cnn import report, train  # not needed to find a mistake in the flags
+    from attn_cnn.training import devices
 
     devices.initialize(FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id)
-    workdir = FLAGS.workdir or default_workdir(cli.config_name())
+    workdir = FLAGS.workdir or cli.default_workdir()
     if FLAGS.mode == "train":
         train.train(FLAGS.config, workdir, FLAGS.profile)
     elif FLAGS.mode == "evaluate":

@@ -6,9 +6,13 @@ ICLR 2020, arXiv:1911.03584.
 
 import importlib
 
+_HOMES = {"load_run": "attn_cnn.training.experiment"}
+
 
 def __getattr__(name: str):
-    """Modules load when they are first named, so that `import attn_cnn` is quick and `attn_cnn.model` just works."""
+    """Loads modules and functions when they are first named, so that `import attn_cnn` is quick."""
+    if home := _HOMES.get(name):
+        return getattr(importlib.import_module(home), name)
     try:
         return importlib.import_module(f"attn_cnn.{name}")
     except ModuleNotFoundError as error:

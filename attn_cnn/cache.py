@@ -6,5 +6,5 @@ from etils import epath
 
 
 def folder() -> epath.Path:
-    """The user's cache folder for this project."""
+    """Returns the user's cache folder for this project."""
     return epath.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "attn_cnn"

@@ -16,13 +16,13 @@ from absl import app, flags
 from etils import epath
 from ml_collections import config_flags
 
-from attn_cnn import cache
-from attn_cnn import config as config_lib
+from attn_cnn import cache, model
 from attn_cnn.errors import Stopped, UserError
+from attn_cnn.training import experiment
 
 
 def run(main: Callable) -> None:
-    """absl's app.run with the flag --config, checked, in FLAGS.config.
+    """Runs `main` as absl's app.run does, with the flag --config, checked, in FLAGS.config.
 
     A UserError is printed alone and exits with 1, a run that a signal stopped with 128 + its number.
     """
@@ -47,25 +47,31 @@ def run(main: Callable) -> None:
         sys.exit(128 + stopped.signal)
 
 
-def config_name() -> str:
-    """What --config was given, scale included."""
-    return config_flags.get_config_filename(flags.FLAGS["config"])
+def default_workdir() -> str:
+    """Returns runs/<config name>[_<scale>] for what --config was given, as in configs/quadratic.py:digits."""
+    return workdir_for(config_flags.get_config_filename(flags.FLAGS["config"]))
+
+
+def workdir_for(config_argument: str) -> str:
+    """Returns the default workdir of a config with its scale."""
+    path, _, scale = config_argument.partition(":")
+    return "runs/" + "_".join(filter(None, (epath.Path(path).stem, scale)))
 
 
 def _parse(argv: list[str]) -> list[str]:
     for argument, following in itertools.pairwise([*argv, ""]):
         if named := re.match(r"--?config\.([^=]+)", argument):
-            config_lib.check_name(named[1])
+            experiment.check_name(named[1])
         elif given := re.fullmatch(r"--?config(?:=(.*))?", argument):
             _check_file(following if given[1] is None else given[1])
     try:
         rest = app.parse_flags_with_usage(argv)
     except (AttributeError, KeyError) as error:
-        models = "; ".join(f"{name}: {', '.join(sorted(f))}" for name, f in config_lib.MODEL_FIELDS.items())
+        models = "; ".join(f"{name}: {', '.join(sorted(f))}" for name, f in model.model_fields().items())
         raise UserError(
             f"this config has no field {str(error).strip(chr(34))}. The fields of each model are {models}."
         ) from None
-    config_lib.check(flags.FLAGS.config)
+    experiment.checked(flags.FLAGS.config)
     _configure_log()
     _silence_orbax()
     _configure_compilation_cache()
@@ -84,7 +90,7 @@ def _is_config(path: epath.Path) -> bool:
 
 
 def _configure_log() -> None:
-    """Our lines at INFO; of the libraries, which share absl's log, what stops a run (or what --verbosity asks)."""
+    """Logs our lines at INFO, and of the libraries, which share absl's log, what stops a run (or --verbosity asks)."""
     if flags.FLAGS["verbosity"].using_default_value:
         flags.FLAGS.verbosity = flags.FLAGS["verbosity"].default = -3
     handler = logging.StreamHandler()
@@ -96,7 +102,7 @@ def _configure_log() -> None:
 
 
 def _silence_orbax() -> None:
-    """A failed write is raised where it is waited for; orbax's threads and callbacks print their stacks besides."""
+    """Keeps orbax from printing the stacks of a failed write, which is raised where it is waited for."""
     threads, callbacks = threading.excepthook, sys.unraisablehook
 
     def in_thread(failure):
@@ -112,7 +118,7 @@ def _silence_orbax() -> None:
 
 
 def _configure_compilation_cache() -> None:
-    """Compiled programs are kept, so that the next start need not wait; JAX_COMPILATION_CACHE_DIR says where."""
+    """Keeps compiled programs, so that the next start need not wait; JAX_COMPILATION_CACHE_DIR says where."""
     if jax.config.jax_compilation_cache_dir is None:
         folder = cache.folder() / "xla"
         with contextlib.suppress(OSError):

@@ -10,7 +10,7 @@ class UserError(Exception):
 
 
 def first_line(error: Exception) -> str:
-    """What a foreign exception says, short enough to be part of a message."""
+    """Returns what a foreign exception says, short enough to be part of a message."""
     return (str(error) or type(error).__name__).splitlines()[0][:300]
 
 

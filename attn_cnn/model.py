@@ -4,23 +4,58 @@ a = Dense(Attention(x));       x = LayerNorm(x + Dropout(a))
 m = Dense(GELU(Dense(x)));     x = LayerNorm(x + Dropout(m))
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import ml_collections
 from jaxtyping import Array, Float
 
-from attn_cnn import config as config_lib
-from attn_cnn.attention import Linear, SelfAttention, default_embedding_size, dense, embedding_tables
-from attn_cnn.resnet import ResNet18
+from attn_cnn import attention, encodings, resnet, schema
+from attn_cnn.encodings import encoding_class
+from attn_cnn.errors import UserError
+from attn_cnn.layers import Convolution, Linear, dense
+from attn_cnn.mixing import Device
 
 LAYER_NORM_EPSILON = 1e-12
 
+IMAGE_FIELDS = {
+    "image_shape": schema.tuple_of(
+        lambda v: len(v) == 3 and all(type(n) is int and 0 < n <= 4096 for n in v),
+        "(height, width, channels), each from 1 to 4,096",
+    ),
+    "classes": schema.integer(2, 100_000),
+}
+ATTENTION_FIELDS = {
+    "mixing": attention.FORMS,
+    "layers": schema.integer(1, 100),
+    "layer": schema.each_layer(schema.choice("attention", "convolution", default="attention")),
+    "kernel_size": schema.integer(1, 4096, default=3),  # of the layers that are convolutions
+    "heads": schema.each_layer(schema.integer(0, 1024)),
+    "hidden_size": schema.integer(1, 65_536),
+    "mlp_size": schema.integer(1, 262_144),
+    "patch": schema.integer(1, 4096),
+    "max_side": schema.integer(1, 4096),
+    "dropout": schema.number(0, 1, below=True),
+    "attention_dropout": schema.number(0, 1, below=True),
+    "attention_dropout_on": attention.DROPPED,
+}
+
+
+def model_fields() -> dict[str, dict[str, schema.Field]]:
+    """Returns the fields of config.model for each config.model.name; encodings may have joined since the import."""
+    encoding = {"encoding": schema.choice(*encodings.ENCODINGS)}
+    return {
+        "attention": IMAGE_FIELDS | ATTENTION_FIELDS | encodings.FIELDS | encoding,
+        "resnet18": IMAGE_FIELDS | resnet.FIELDS,
+    }
+
 
 def patches(images: Float[Array, "batch height width channels"], patch: int) -> Float[Array, "batch H W features"]:
-    """Invertible pooling: the pixels of each patch concatenated, ordered by row, column, channel."""
+    """Concatenates the pixels of each patch, ordered by row, column, channel: an invertible pooling."""
     batch, height, width, channels = images.shape
     H, W = height // patch, width // patch
     grid = images.reshape(batch, H, patch, W, patch, channels).transpose(0, 1, 3, 2, 4, 5)
@@ -28,26 +63,34 @@ def patches(images: Float[Array, "batch height width channels"], patch: int) -> 
 
 
 def layer_norm(name: str) -> nn.LayerNorm:
-    """In float32, with the variance of the centered values: epsilon is too small for E[x^2] - E[x]^2."""
+    """Returns a LayerNorm in float32, of centered values, since epsilon is too small for E[x^2] - E[x]^2."""
     return nn.LayerNorm(epsilon=LAYER_NORM_EPSILON, dtype=jnp.float32, use_fast_variance=False, name=name)
 
 
 class EncoderLayer(nn.Module):
-    """Attention and a two-layer perceptron, each with its residual connection; the residual is float32."""
+    """A layer that mixes pixels and a two-layer perceptron, each with its residual connection, which is float32.
 
-    attention: Mapping[str, Any]
+    Attributes:
+      mixer: makes the layer that mixes pixels: `SelfAttention`, or what takes the same arguments.
+      mlp_size: features inside the perceptron.
+      dropout: rate at which features are dropped before each residual connection.
+      dtype: type of the computation.
+    """
+
+    mixer: Callable[[], nn.Module]
     mlp_size: int
     dropout: float
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch H W features"], tables=None, *, train: bool = False
+        self, x: Float[Array, "batch H W features"], tables: Any = None, *, train: bool = False
     ) -> Float[Array, "batch H W features"]:
+        """Returns the grid after the layer; `tables` are the encoding's, where layers share them."""
         size = x.shape[-1]
         drop = nn.Dropout(self.dropout, deterministic=not train)
         output = Linear((size, size), (size,), size, name="attention_output")()
-        a = SelfAttention(**self.attention, dtype=self.dtype, name="attention")(x, tables, output, train=train)
+        a = self.mixer()(x, output, tables, train=train)
         x = layer_norm("attention_norm")(x + drop(a))
         m = dense(self.mlp_size, size, dtype=self.dtype, name="mlp_in")(x)
         m = dense(size, self.mlp_size, dtype=self.dtype, name="mlp_out")(nn.gelu(m, approximate=False))
@@ -55,15 +98,25 @@ class EncoderLayer(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Images to logits. `attention` holds the arguments of every layer's `SelfAttention`."""
+    """Images to logits.
 
-    attention: Mapping[str, Any]
-    layers: int
+    Attributes:
+      mixers: for each layer, what makes the layer that mixes pixels.
+      hidden_size: features of a pixel.
+      mlp_size: features inside the perceptrons.
+      patch: side of a patch, in pixels of the image.
+      classes: number of classes.
+      tables: declares what all layers share, given this module and the `features` of a pixel; None: nothing is shared.
+      dropout: rate at which features are dropped before each residual connection.
+      dtype: type of the computation.
+    """
+
+    mixers: tuple[Callable[[], nn.Module], ...]
     hidden_size: int
     mlp_size: int
     patch: int
     classes: int
-    share_tables: bool = False
+    tables: Callable[..., Any] | None = None
     dropout: float = 0.0
     dtype: Any = jnp.float32
 
@@ -71,53 +124,122 @@ class Classifier(nn.Module):
     def __call__(
         self, images: Float[Array, "batch height width channels"], *, train: bool = False
     ) -> Float[Array, "batch classes"]:
+        """Returns the logits of normalised images, NHWC."""
         x = patches(images, self.patch)
         x = dense(self.hidden_size, x.shape[-1], dtype=self.dtype, name="patch_embedding")(x)
         x = x.astype(jnp.float32)
-        tables = None
-        if self.share_tables:
-            width = self.attention["embedding_size"] or default_embedding_size(
-                self.attention["encoding"], self.hidden_size
-            )
-            tables = embedding_tables(self, self.attention["max_side"], width)
-        for i in range(self.layers):
-            x = EncoderLayer(self.attention, self.mlp_size, self.dropout, self.dtype, name=f"layer_{i}")(
-                x, tables, train=train
-            )
+        tables = self.tables(self, features=self.hidden_size) if self.tables else None
+        for i, mixer in enumerate(self.mixers):
+            x = EncoderLayer(mixer, self.mlp_size, self.dropout, self.dtype, name=f"layer_{i}")(x, tables, train=train)
         return dense(self.classes, self.hidden_size, name="classifier")(x.mean(axis=(1, 2)))
 
 
-def create_model(model: ml_collections.ConfigDict, dtype: str = "float32", axis_name: str | None = None) -> nn.Module:
-    """The Flax module a config's `model` describes.
+def create_model(
+    model: ml_collections.ConfigDict,
+    dtype: str = "float32",
+    axis_name: str | None = None,
+    device: Device | None = None,
+) -> nn.Module:
+    """Returns the Flax module that a config's `model` describes.
 
     Args:
-      model: `config.model`.
-      dtype: of the computation; parameters, softmax, normalisation and logits stay float32.
+      model: `config.model`; fields that have a default may be missing.
+      dtype: type of the computation; parameters, softmax, normalisation and logits stay float32.
       axis_name: mapped axis over which batch statistics are averaged in training (ResNet only).
+      device: the device to compile for; None: the one that JAX computes on.
 
     Raises:
       UserError: a field is missing, unknown or out of range, or the fields contradict each other.
     """
-    config_lib.check_model(model)
+    model = checked_model(model)
     if model.name == "resnet18":
-        return ResNet18(model.classes, model.width, axis_name=axis_name, dtype=jnp.dtype(dtype))
-    attention = {
-        "encoding": model.encoding,
-        "heads": model.heads,
-        "max_side": model.max_side,
-        "embedding_size": model.embedding_size,
-        "mixing": model.mixing,
-        "dropout": model.attention_dropout,
-        "dropout_on": model.attention_dropout_on,
-    }
+        return resnet.ResNet18(model.classes, model.width, axis_name=axis_name, dtype=jnp.dtype(dtype))
+    tables = None
+    if model.share_tables:
+        declare = encoding_class(model.encoding).tables
+        tables = functools.partial(declare, max_side=model.max_side, embedding_size=model.embedding_size)
     return Classifier(
-        attention=attention,
-        layers=model.layers,
+        mixers=mixers(model, jnp.dtype(dtype), device),
         hidden_size=model.hidden_size,
         mlp_size=model.mlp_size,
         patch=model.patch,
         classes=model.classes,
-        share_tables=model.share_tables,
+        tables=tables,
         dropout=model.dropout,
         dtype=jnp.dtype(dtype),
     )
+
+
+def mixers(model: ml_collections.ConfigDict, dtype: Any, device: Device | None) -> tuple[Callable[[], nn.Module], ...]:
+    """Returns, for each layer, what makes the layer that mixes pixels."""
+    convolution = functools.partial(Convolution, model.kernel_size, dtype, name="convolution")
+    self_attention = functools.partial(
+        attention.SelfAttention,
+        model.encoding,
+        max_side=model.max_side,
+        embedding_size=model.embedding_size,
+        init=model.init,
+        init_spread=model.init_spread,
+        mixing=model.mixing,
+        dropout=model.attention_dropout,
+        dropout_on=model.attention_dropout_on,
+        dtype=dtype,
+        device=device,
+        name="attention",
+    )
+    kinds = schema.for_each_layer(model.layer, model.layers)
+    heads = schema.for_each_layer(model.heads, model.layers)
+    return tuple(
+        convolution if kind == "convolution" else functools.partial(self_attention, heads=n)
+        for kind, n in zip(kinds, heads, strict=True)
+    )
+
+
+def abstract_variables(model: ml_collections.ConfigDict) -> dict:
+    """Returns the shapes of the parameters and statistics of a config's `model`; nothing is computed."""
+    images = jnp.zeros((1, *model.image_shape))
+    return jax.eval_shape(create_model(model).init, jax.random.key(0), images)
+
+
+def undecayed(model: ml_collections.ConfigDict) -> tuple[str, ...]:
+    """Returns the names of the parameters that weight decay spares."""
+    return encoding_class(model.encoding).undecayed if model.name == "attention" else ()
+
+
+def has_penalty(model: ml_collections.ConfigDict) -> bool:
+    """Returns whether the model has heads whose condition number can be penalised."""
+    return model.name == "attention" and encoding_class(model.encoding).penalty is not None
+
+
+def checked_model(model: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Returns a config's `model` with defaults where fields are missing.
+
+    Raises:
+      UserError: a field is missing, unknown or out of range, or the fields contradict each other.
+    """
+    fields = model_fields()
+    schema.check({"name": schema.flatten(model).get("name")}, {"name": schema.choice(*fields)}, "config.model.")
+    model = schema.completed(model, fields[model.name])
+    schema.check({k: v for k, v in schema.flatten(model).items() if k != "name"}, fields[model.name], "config.model.")
+    if model.name == "attention":
+        _check_attention(model)
+    return model
+
+
+def _check_attention(model: ml_collections.ConfigDict) -> None:
+    height, width, _ = model.image_shape
+    divisors = [d for d in range(1, min(height, width) + 1) if height % d == 0 and width % d == 0]
+    if model.patch not in divisors:
+        raise UserError(
+            f"config.model.patch is {model.patch}, which does not divide the {height}x{width} image; "
+            f"choose one of {', '.join(map(str, divisors))}."
+        )
+    for name in ("heads", "layer"):
+        if len(schema.for_each_layer(model[name], model.layers)) != model.layers:
+            raise UserError(
+                f"config.model.{name} is {model[name]!r}, but config.model.layers is {model.layers}; "
+                "give one for each layer, or one for all."
+            )
+    encoding = encoding_class(model.encoding)
+    encoding.check(model)
+    attention.check_form(encoding, model.mixing, model.attention_dropout, model.attention_dropout_on)

@@ -10,9 +10,11 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from attn_cnn.attention import dense, fan_in_uniform
+from attn_cnn import schema
+from attn_cnn.layers import dense, fan_in_uniform
 
 BLOCKS_PER_STAGE = 2
+FIELDS = {"width": schema.integer(1, 4096)}
 
 
 def conv(features: int, kernel: int, stride: int, channels: int, **kwargs) -> nn.Conv:

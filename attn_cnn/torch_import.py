@@ -16,16 +16,16 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import optax
 from absl import flags
 from etils import epath
 from flax import traverse_util
 
-from attn_cnn import cli, report, train
-from attn_cnn import config as config_lib
-from attn_cnn.checkpoint import Checkpoints
+from attn_cnn import cli
+from attn_cnn.encodings import encoding_class
 from attn_cnn.errors import UserError, first_line
-from attn_cnn.workdir import open_workdir
+from attn_cnn.model import abstract_variables, checked_model
+from attn_cnn.training import workdir as workdir_lib
+from attn_cnn.training.experiment import create_experiment, state_of
 
 IGNORED = (".relative_indices", ".num_batches_tracked")  # buffers that hold no parameters
 
@@ -41,7 +41,7 @@ _LEAF = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running
 
 
 def import_state_dict(state_dict: Mapping[str, Any], model: ml_collections.ConfigDict) -> dict:
-    """The parameters in `state_dict` (PyTorch's names to arrays) as those of `create_model(model)`.
+    """Returns the parameters in `state_dict` (PyTorch's names to arrays) as those of `create_model(model)`.
 
     Raises:
       UserError: a name is missing or left over, or a shape differs; all of them are named.
@@ -50,11 +50,12 @@ def import_state_dict(state_dict: Mapping[str, Any], model: ml_collections.Confi
 
 
 def import_variables(state_dict: Mapping[str, Any], model: ml_collections.ConfigDict) -> dict:
-    """Like `import_state_dict`, with the ResNet's batch statistics: {"params", "batch_stats"}."""
-    wanted = traverse_util.flatten_dict(report.abstract_variables(model))
+    """Returns what `import_state_dict` does and the ResNet's batch statistics, as {"params", "batch_stats"}."""
+    model = checked_model(model)
+    wanted = traverse_util.flatten_dict(abstract_variables(model))
     problems, used, variables = [], set(), {}
     for path, leaf in wanted.items():
-        names = _torch_names(path[1:], model)
+        names = torch_names(path[1:], model)
         used.update(names)
         if missing := [name for name in names if name not in state_dict]:
             problems += [f"missing: {name}" for name in missing]
@@ -89,33 +90,33 @@ def _misfit(name: str, array: np.ndarray, shape: tuple[int, ...]) -> str | None:
     return None
 
 
-def _torch_names(path: tuple[str, ...], model: ml_collections.ConfigDict) -> list[str]:
-    """Where PyTorch keeps the parameter at `path`; several names where it keeps one of ours in every layer."""
+def torch_names(path: tuple[str, ...], model: ml_collections.ConfigDict) -> list[str]:
+    """Returns where PyTorch keeps the parameter at `path`; several names where it keeps one of ours in every layer.
+
+    Raises:
+      UserError: the paper's code has no such parameter.
+    """
     if model.name == "resnet18":
         return [_torch_resnet_name(path)]
     module, leaf = path[0], path[-1]
     if module in _TOP:
         return [f"{_TOP[module]}.{_LEAF[leaf]}"]
-    if module.endswith("_embeddings"):
+    if not module.startswith("layer_"):  # tables that all layers share
         return [_torch_attention_name(i, path, model) for i in range(model.layers)]
     layer = int(module.removeprefix("layer_"))
     if path[1] == "attention":
         return [_torch_attention_name(layer, path[2:], model)]
+    if path[1] not in _ATTENTION_LAYER:
+        raise UserError(f"the paper's code has no {path[1]} layers; set config.model.layer to attention.")
     return [f"encoder.layer.{layer}.{_ATTENTION_LAYER[path[1]]}.{_LEAF[leaf]}"]
 
 
 def _torch_attention_name(layer: int, path: tuple[str, ...], model: ml_collections.ConfigDict) -> str:
-    prefix, name = f"encoder.layer.{layer}.attention.self.", path[0]
-    if name in ("centers", "spreads"):
-        return f"{prefix}attention_{name}"
-    if name in ("query", "key", "value"):
-        return f"{prefix}{name}.{_LEAF[path[1]]}"
-    axis, kind = name.split("_", 1)
-    # In the original's position-only scores its row table acts on columns, and its column table on rows.
-    swapped = model.encoding in ("learned", "learned_content_position")
-    theirs = {"row": "col", "column": "row"} if swapped else {"row": "row", "column": "col"}
-    kind = {"embeddings": "{}_embeddings", "head_keys": "head_keys_{}"}[kind]
-    return f"{prefix}{kind.format(theirs[axis])}.weight"
+    encoding, name = encoding_class(model.encoding), "/".join(path)
+    names = encoding.torch_names | {"value/kernel": "value.weight", "value/bias": "value.bias"}
+    if name not in names:
+        raise UserError(f"the {encoding.name} encoding is not in the paper's code.")
+    return f"encoder.layer.{layer}.attention.self.{names[name]}"
 
 
 def _torch_resnet_name(path: tuple[str, ...]) -> str:
@@ -148,7 +149,7 @@ def _ours(leaf: str, array: np.ndarray, shape: tuple[int, ...]) -> jax.Array:
 
 
 def read_checkpoint(path: epath.Path) -> tuple[dict[str, np.ndarray], int, float | None]:
-    """The state dict, the number of finished epochs and the test accuracy of a file; no code in it is run.
+    """Returns the state dict, the number of finished epochs and the test accuracy of a file; no code in it is run.
 
     Raises:
       UserError: the file is missing or is no such checkpoint, or PyTorch is needed and absent.
@@ -185,35 +186,19 @@ def read_checkpoint(path: epath.Path) -> tuple[dict[str, np.ndarray], int, float
 
 def import_checkpoint(path: epath.Path, config: ml_collections.ConfigDict, workdir: epath.Path) -> int:
     """Makes `workdir` a run that has just finished the checkpoint's epochs; returns its step."""
-    run = train.create_run(config)
+    experiment = create_experiment(config)
     state_dict, epochs, accuracy = read_checkpoint(path)
-    variables = import_variables(state_dict, config.model)
-    if (workdir / "config.json").exists() or any((workdir / "checkpoints").glob("[0-9]*")):
-        raise UserError(f"{workdir} holds a run already; set another --workdir.")
-    step = min(epochs, config.epochs) * run.steps_per_epoch
-    state = train.create_state(run)
-    opt_state = jax.tree.map(
-        lambda part: part._replace(count=jnp.int32(step)) if _counts_steps(part) else part,
-        state.opt_state,
-        is_leaf=_counts_steps,
-    )
-    state = state.replace(step=jnp.int32(step), opt_state=opt_state, **variables)
+    variables = import_variables(state_dict, experiment.config.model)
+    step = min(epochs, experiment.config.epochs) * experiment.steps_per_epoch
     metrics = None if accuracy is None else {"test_accuracy": accuracy}
-    # The config comes last: a run without a checkpoint would start from random weights.
-    with Checkpoints(workdir / "checkpoints") as checkpoints:
-        checkpoints.save(step, state, metrics)
-    config_lib.save(config, workdir / "config.json")
+    workdir_lib.create(workdir, experiment.config, state_of(experiment, variables, step), metrics)
     return step
-
-
-def _counts_steps(part: Any) -> bool:
-    return isinstance(part, optax.ScaleByScheduleState)
 
 
 def main(argv):
     if len(argv) != 2:
         raise UserError("name one checkpoint: python -m attn_cnn.torch_import CHECKPOINT --config=...")
-    step = import_checkpoint(epath.Path(argv[1]), flags.FLAGS.config, open_workdir(flags.FLAGS.workdir))
+    step = import_checkpoint(epath.Path(argv[1]), flags.FLAGS.config, workdir_lib.open_workdir(flags.FLAGS.workdir))
     print(f"{flags.FLAGS.workdir} now holds {argv[1]}, at step {step}.")
 
 

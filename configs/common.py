@@ -1,82 +1,116 @@
-"""What the experiments share: the paper's hyper-parameters and the two smaller scales."""
+"""What the experiments share: the paper's run on one page, and what two smaller scales change in it.
+
+A scale is named after a colon, as in configs/quadratic.py:digits. Any field is set on the command line, as in
+--config.optimizer.learning_rate=0.05.
+"""
 
 import ml_collections
 
 from attn_cnn.errors import UserError
+from attn_cnn.schema import one_or_each
 
-SCALES = ("", "small", "digits")
+# CIFAR-10 on a laptop.
+SMALL = {
+    "epochs": 15,
+    "model.layers": 3,
+    "model.hidden_size": 64,
+    "model.mlp_size": 128,
+    "model.patch": 4,
+    "model.max_side": 8,
+}
+
+# scikit-learn's digits: no download.
+DIGITS_RUN = {
+    "epochs": 60,
+    "data.name": "digits",
+    "data.crop_padding": 1,
+    "data.flip": False,
+    "optimizer.name": "adam",  # with 1,437 digits SGD is 1% less accurate after the same 60 epochs
+    "optimizer.learning_rate": 0.003,
+    "checkpoint.every_epochs": 10,
+    "model.image_shape": (8, 8, 1),
+}
+DIGITS = DIGITS_RUN | {
+    "model.layers": 3,
+    "model.hidden_size": 64,
+    "model.mlp_size": 128,
+    "model.max_side": 4,
+    "model.attention_dropout": 0.0,  # 0.1 of 16 pixels costs 1% accuracy
+}
+
+SCALES = {"": {}, "small": SMALL, "digits": DIGITS}
 
 
-def _run(scale: str) -> ml_collections.ConfigDict:
-    """CIFAR-10 for 300 epochs; "small": for 15 epochs; "digits": scikit-learn's digits."""
-    if scale not in SCALES:
+def attention(scale: str, encoding: str) -> ml_collections.ConfigDict:
+    """Returns the paper's attention model with one of `attn_cnn.encodings.ENCODINGS`, at a scale."""
+    config = run()
+    config.model = ml_collections.ConfigDict(
+        {
+            "name": "attention",
+            "image_shape": (32, 32, 3),
+            "classes": 10,
+            "patch": 2,  # 2x2 pixels are one pixel of the grid
+            "layers": 6,
+            "layer": one_or_each("attention"),  # or convolution
+            "kernel_size": 3,  # of layers that are convolutions
+            "encoding": encoding,
+            "heads": one_or_each(9),
+            "init": "random",  # or grid: quadratic heads start as a convolution's window
+            "init_spread": 2**0.5,  # of heads that start on a grid
+            "max_side": 16,  # of the grid that learned tables cover
+            "embedding_size": 0,  # of learned tables; 0: what the encoding calls for
+            "share_tables": False,  # between layers
+            "mixing": "auto",
+            "hidden_size": 400,
+            "mlp_size": 512,
+            "dropout": 0.1,
+            "attention_dropout": 0.1,
+            "attention_dropout_on": "probabilities",  # or factors, which keeps mixing factored in training
+        }
+    )
+    return at_scale(config, scale, SCALES)
+
+
+def run() -> ml_collections.ConfigDict:
+    """Returns the paper's training of an attention model, all but the model itself."""
+    return ml_collections.ConfigDict(
+        {
+            "seed": 0,
+            "epochs": 300,
+            "batch_size": 100,
+            "eval_batch_size": 100,  # on each device
+            "log_every_steps": 10,
+            "dtype": "float32",
+            "matmul_precision": "default",
+            "condition_penalty": 0.0,  # on (condition number - 1)^2 of the heads of quadratic_generalized
+            "init_from": "",  # the workdir of a run to start from
+            "init_except": (),  # its parameters that start afresh, as in ("classifier",)
+            "data": {
+                "name": "cifar10",
+                "dir": "",  # TFDS_DATA_DIR, or tfds's default
+                "crop_padding": 4,
+                "flip": True,
+            },
+            "optimizer": {
+                "name": "sgd",
+                "learning_rate": 0.1,
+                "momentum": 0.9,
+                "weight_decay": 1e-4,
+                "schedule": "cosine",
+                "warmup": 0.05,  # of all steps
+                "decay_epochs": (),
+            },
+            "checkpoint": {"every_epochs": 1, "keep": 3},
+        }
+    )
+
+
+def at_scale(config: ml_collections.ConfigDict, scale: str, scales: dict[str, dict]) -> ml_collections.ConfigDict:
+    """Returns `config` with the fields that `scale` changes."""
+    if scale not in scales:
         raise UserError(
             f"unknown scale {scale!r}; the scales are: none (the paper), ':small' (CIFAR-10 on a laptop), "
             "':digits' (no download)."
         )
-    config = ml_collections.ConfigDict()
-    config.seed = 0
-    config.epochs = {"": 300, "small": 15, "digits": 60}[scale]
-    config.batch_size = 100
-    config.eval_batch_size = 100  # on each device
-    config.log_every_steps = 10
-    config.dtype = "float32"
-    config.matmul_precision = "default"
-
-    config.data = ml_collections.ConfigDict()
-    config.data.name = "digits" if scale == "digits" else "cifar10"
-    config.data.dir = ""  # TFDS_DATA_DIR, or tfds's default
-    config.data.crop_padding = 1 if scale == "digits" else 4
-    config.data.flip = scale != "digits"
-
-    config.optimizer = ml_collections.ConfigDict()
-    # With 1,437 digits SGD is 1% less accurate after the same 60 epochs.
-    config.optimizer.name = "adam" if scale == "digits" else "sgd"
-    config.optimizer.learning_rate = 0.003 if scale == "digits" else 0.1
-    config.optimizer.momentum = 0.9
-    config.optimizer.weight_decay = 1e-4
-    config.optimizer.schedule = "cosine"
-    config.optimizer.warmup = 0.05  # of all steps
-    config.optimizer.decay_epochs = ()
-
-    config.checkpoint = ml_collections.ConfigDict()
-    config.checkpoint.every_epochs = 10 if scale == "digits" else 1
-    config.checkpoint.keep = 3
-
-    config.model = ml_collections.ConfigDict()
-    config.model.image_shape = (8, 8, 1) if scale == "digits" else (32, 32, 3)
-    config.model.classes = 10
-    return config
-
-
-def attention(scale: str, encoding: str) -> ml_collections.ConfigDict:
-    """The attention model with one of `attn_cnn.positions.ENCODINGS`."""
-    config = _run(scale)
-    model = config.model
-    model.name = "attention"
-    model.encoding = encoding
-    model.mixing = "auto"
-    model.layers = 3 if scale else 6
-    model.heads = 9
-    model.hidden_size = {"": 400, "small": 64, "digits": 64}[scale]
-    model.mlp_size = {"": 512, "small": 128, "digits": 128}[scale]
-    model.patch = {"": 2, "small": 4, "digits": 2}[scale]
-    model.max_side = {"": 16, "small": 8, "digits": 4}[scale]
-    model.embedding_size = 0  # hidden_size, or what the encoding calls for
-    model.share_tables = False
-    model.dropout = 0.1
-    model.attention_dropout = 0.0 if scale == "digits" else 0.1  # 0.1 of 16 pixels costs 1% accuracy
-    # "factors" keeps the mixing of quadratic and learned factored in training (README, "Speed").
-    model.attention_dropout_on = "probabilities"
-    return config
-
-
-def resnet18(scale: str) -> ml_collections.ConfigDict:
-    """The convolutional baseline."""
-    config = _run(scale)
-    config.model.name = "resnet18"
-    config.model.width = {"": 64, "small": 8, "digits": 16}[scale]
-    config.optimizer.schedule = "step"
-    config.optimizer.warmup = 0.0
-    config.optimizer.decay_epochs = {"": (80, 150, 250), "small": (8, 12), "digits": (30, 50)}[scale]
+    config.update_from_flattened_dict(scales[scale])
     return config

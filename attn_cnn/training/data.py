@@ -6,6 +6,7 @@ step, on any number of devices.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -19,12 +20,14 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import NamedTuple
 
+import ml_collections
 import numpy as np
 from etils import epath
 from jaxtyping import Int, UInt8
 
-from attn_cnn import cache, tensorflow
+from attn_cnn import cache, schema
 from attn_cnn.errors import UserError, first_line
+from attn_cnn.training import quiet_tensorflow
 
 log = logging.getLogger("attn_cnn")
 
@@ -33,7 +36,7 @@ REACH_SECONDS = 8
 
 @dataclass(frozen=True)
 class Spec:
-    """What is known of a data set before it is loaded; mean and std are of pixels scaled to [0, 1]."""
+    """What is known of a data set before it is loaded; `mean` and `std` are of pixels scaled to [0, 1]."""
 
     image_shape: tuple[int, int, int]
     classes: int
@@ -64,8 +67,31 @@ SPECS = {
 }
 
 
+FIELDS = {
+    "name": schema.choice(*SPECS),
+    "dir": schema.text(),
+    "crop_padding": schema.integer(0, 16),
+    "flip": schema.boolean(),
+}
+
+
+def check(config: ml_collections.ConfigDict, spec: Spec | None = None) -> None:
+    """Raises UserError unless the model of `config` takes the images and classes of its data set, or of `spec`."""
+    name, spec = config.data.name, spec or SPECS[config.data.name]
+    if tuple(config.model.image_shape) != spec.image_shape:
+        raise UserError(
+            f"config.model.image_shape is {config.model.image_shape}, but {name}'s images are {spec.image_shape}."
+        )
+    if config.model.classes != spec.classes:
+        raise UserError(f"config.model.classes is {config.model.classes}, but {name} has {spec.classes} classes.")
+    if config.batch_size > spec.train_size:
+        raise UserError(
+            f"config.batch_size is {config.batch_size:,}, more than the {spec.train_size:,} images {name} trains on."
+        )
+
+
 class Dataset(NamedTuple):
-    """Both splits, on the host."""
+    """Both splits of a data set, on the host."""
 
     train_images: UInt8[np.ndarray, "train height width channels"]
     train_labels: Int[np.ndarray, "train"]
@@ -74,7 +100,7 @@ class Dataset(NamedTuple):
 
 
 def load(name: str, data_dir: str = "") -> Dataset:
-    """The whole data set. `data_dir` is tfds's directory; empty: `TFDS_DATA_DIR`, or tfds's default.
+    """Returns the whole data set. `data_dir` is tfds's directory; empty: `TFDS_DATA_DIR`, or tfds's default.
 
     Raises:
       UserError: the data is neither on disk nor reachable, or is damaged.
@@ -89,13 +115,16 @@ def load(name: str, data_dir: str = "") -> Dataset:
     return _cached(prepared)
 
 
+@functools.lru_cache(maxsize=1)
 def epoch_order(seed: int, epoch: int, examples: int) -> Int[np.ndarray, "{examples}"]:
-    """The permutation in which an epoch visits the training set."""
-    return np.random.default_rng((seed, epoch)).permutation(examples).astype(np.int32)
+    """Returns the permutation in which an epoch visits the training set; it is not to be written to."""
+    order = np.random.default_rng((seed, epoch)).permutation(examples).astype(np.int32)
+    order.flags.writeable = False
+    return order
 
 
 def _digits() -> Dataset:
-    """1,797 images of 8x8 in a fixed stratified 80/20 split; 0..16 is scaled to 0..255."""
+    """Loads 1,797 images of 8x8, in a fixed stratified 80/20 split; 0..16 is scaled to 0..255."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -108,7 +137,7 @@ def _digits() -> Dataset:
 
 
 def _prepared(root: epath.Path, name: str) -> epath.Path | None:
-    """The newest version of a data set that tfds has prepared under `root`."""
+    """Finds the newest version of a data set that tfds has prepared under `root`."""
     folder = root / name
     try:
         versions = [v for v in folder.iterdir() if (v / "dataset_info.json").exists()]
@@ -125,7 +154,7 @@ def _version(path: epath.Path) -> tuple[int, ...]:
 
 
 def _check_reachable(name: str, root: epath.Path) -> None:
-    """tfds itself retries for minutes without a network, so ask the source first, for a few seconds."""
+    """Asks the source for a few seconds, since tfds itself retries for minutes without a network."""
     spec, answered = SPECS[name], threading.Event()
 
     def ask():
@@ -150,7 +179,7 @@ def _check_reachable(name: str, root: epath.Path) -> None:
 
 
 def _tfds() -> ModuleType:
-    tensorflow.quiet()
+    quiet_tensorflow.load()
     import tensorflow_datasets as tfds
 
     return tfds
@@ -167,7 +196,7 @@ def _download(name: str, root: epath.Path) -> epath.Path:
 
 
 def _cached(prepared: epath.Path) -> Dataset:
-    """The decoded arrays, from the first cache that holds them; decodes and writes one otherwise."""
+    """Returns the decoded arrays, from the first cache that holds them; decodes and writes one otherwise."""
     files = sorted((f.name, f.stat().length) for f in prepared.iterdir())
     source = hashlib.sha256(json.dumps([os.fspath(prepared), files]).encode()).hexdigest()[:16]
     file_name = f"{prepared.parent.name}-{prepared.name}-{source}.npz"

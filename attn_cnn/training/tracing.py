@@ -13,13 +13,13 @@ FIRST, LAST = 3, 12  # steps after the start, when everything is compiled
 
 
 class Profile:
-    """Writes steps FIRST to LAST of this start to `directory`; None writes nothing."""
+    """Writes a trace of steps FIRST to LAST of this start to `directory`; with None it writes nothing."""
 
     def __init__(self, directory: epath.Path | None):
         self._directory, self._steps, self._tracing, self._result = directory, 0, False, None
 
     def step(self, result: Array) -> bool:
-        """A step was dispatched, and gives `result`; True if the trace began or ended here, which takes time."""
+        """Notes that a step was dispatched, which gives `result`; True if the trace began or ended with it."""
         self._steps, self._result = self._steps + 1, result
         if self._directory is None or self._steps not in (FIRST - 1, LAST):
             return False

@@ -1,20 +1,20 @@
 """Several devices and several hosts: the one place where a step for one device becomes a step for all.
 
-A step is written for one device with the named axis `AXIS`. Its last argument is the device's `Share`; all others
-are the same on every device. A share says which places of the global batch are the device's, so nothing depends on
-how devices are numbered across hosts.
+A step is written for one device, with the named axis `AXIS` over devices, and takes three arguments: a state, what is
+the same on every device, and the device's share. The share says which places of the global batch are the device's, so
+that nothing depends on how devices are numbered across hosts.
 """
 
 import logging
 import os
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, Shaped
 
 from attn_cnn.errors import UserError
 
@@ -26,18 +26,13 @@ AXIS = "devices"
 HEARTBEAT_SECONDS = 60  # after which a host that fell silent ends the run on all others
 
 
-class Share(NamedTuple):
-    """What differs from device to device; with a leading axis of local devices outside the step."""
+def mapped(step: Callable[[Any, Any, Any], Any], donate: bool = False) -> Callable[[Any, Any, Any], Any]:
+    """Returns `step` on all devices at once; `donate` lets it overwrite the state that it is given.
 
-    positions: Int[Array, "*devices share"]
-    stop: Int[Array, "*devices"]  # 1 where the device's process was asked to stop
-
-
-def mapped(step: Callable, arguments: int, donate: tuple[int, ...] = ()) -> Callable:
-    """`step`, a function of `arguments` arguments, on all devices at once."""
-    in_axes = (None,) * (arguments - 1) + (0,)
-    # To leave pmap: jax.jit(jax.shard_map(step, mesh=..., in_specs=..., out_specs=P()), donate_argnums=donate)
-    return jax.pmap(step, axis_name=AXIS, in_axes=in_axes, out_axes=None, donate_argnums=donate)
+    The state and what is the same are there once on each device; the shares have a leading axis of local devices.
+    """
+    # To leave pmap: jax.jit(jax.shard_map(step, mesh=..., in_specs=(P(), P(), P(AXIS)), out_specs=P()), ...)
+    return jax.pmap(step, axis_name=AXIS, in_axes=(None, None, 0), out_axes=None, donate_argnums=(0,) if donate else ())
 
 
 def _local_sharding(*spec: str) -> NamedSharding:
@@ -45,21 +40,24 @@ def _local_sharding(*spec: str) -> NamedSharding:
 
 
 def replicate(tree: Any) -> Any:
-    """The same arrays on each of this process's devices."""
+    """Puts the same arrays on each of this process's devices."""
     return jax.device_put(tree, _local_sharding())
 
 
-def share(batch_size: int, stop: bool = False) -> Share:
-    """The shares of this process's devices in a batch of `batch_size` images.
+def distribute(values: Shaped[np.ndarray, "devices *shape"]) -> Shaped[Array, "devices *shape"]:
+    """Puts one of `values` on each of this process's devices."""
+    return jax.device_put(values, _local_sharding(AXIS))
+
+
+def shares(batch_size: int) -> Int[Array, "devices share"]:
+    """Returns the places in a batch of `batch_size` images that are each of this process's devices'.
 
     Raises:
       UserError: the devices cannot share the batch evenly.
     """
     check_batch_size(batch_size, jax.device_count())
-    local = jax.local_device_count()
-    places = np.arange(batch_size, dtype=np.int32).reshape(jax.process_count(), local, -1)
-    shares = Share(places[jax.process_index()], np.full(local, stop, np.int32))
-    return jax.device_put(shares, _local_sharding(AXIS))
+    places = np.arange(batch_size, dtype=np.int32).reshape(jax.process_count(), jax.local_device_count(), -1)
+    return distribute(places[jax.process_index()])
 
 
 def initialize(coordinator_address: str | None, num_processes: int | None, process_id: int | None):
@@ -85,7 +83,7 @@ def initialize(coordinator_address: str | None, num_processes: int | None, proce
 
 
 def on_every_host(work: Callable[[], Result]) -> Result:
-    """`work` on each host; where it fails on some, it fails on all, and none waits for the others in vain.
+    """Does `work` on each host; where it fails on some it fails on all, and none waits for the others in vain.
 
     Raises:
       UserError: of this host's `work`, or naming the hosts that failed.
@@ -103,7 +101,7 @@ def on_every_host(work: Callable[[], Result]) -> Result:
 
 
 def everywhere(value: bool | int) -> Int[np.ndarray, "processes"]:
-    """Each process's value, known to all."""
+    """Returns each process's value, known to all."""
     if jax.process_count() == 1:
         return np.array([int(value)])
     return np.asarray(multihost_utils.process_allgather(np.int32(value))).reshape(-1)

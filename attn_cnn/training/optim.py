@@ -1,16 +1,43 @@
 """The paper's optimizers and learning rates (its appendix): SGD or Adam, cosine with warm-up or steps."""
 
+from collections.abc import Collection
+
 import jax
 import ml_collections
 import optax
 
+from attn_cnn import schema
 from attn_cnn.errors import UserError
 
 STEP_FACTOR = 0.1
 
+FIELDS = {
+    "name": schema.choice("sgd", "adam"),
+    "learning_rate": schema.number(0, 1000),
+    "momentum": schema.number(0, 1, below=True),
+    "weight_decay": schema.number(0, 1),
+    "warmup": schema.number(0, 1, below=True),
+    "schedule": schema.choice("cosine", "step"),
+    "decay_epochs": schema.tuple_of(
+        lambda v: all(type(e) is int and e > 0 for e in v) and sorted(set(v)) == list(v),
+        "increasing whole numbers, as in (80, 150)",
+    ),
+}
+
+
+def check(optimizer: ml_collections.ConfigDict) -> None:
+    """Raises UserError if `config.optimizer` has a field that its schedule ignores."""
+    if optimizer.schedule == "step" and optimizer.warmup:
+        raise UserError(f"config.optimizer.warmup is {optimizer.warmup}, which the step schedule ignores; set it to 0.")
+    if optimizer.schedule == "cosine" and optimizer.decay_epochs:
+        raise UserError(
+            f"config.optimizer.decay_epochs is {optimizer.decay_epochs}, which the cosine schedule ignores; "
+            "set it to () or config.optimizer.schedule to step."
+        )
+
 
 def create_schedule(optimizer: ml_collections.ConfigDict, steps_per_epoch: int, epochs: int) -> optax.Schedule:
-    """Learning rate of a step, counted from 0.
+    """Returns the learning rate as a function of the step, counted from 0.
 
     cosine: linear from 0 over the first `warmup` of all steps, then cosine to 0.
     step: a tenth after each of `decay_epochs`.
@@ -34,20 +61,20 @@ def create_schedule(optimizer: ml_collections.ConfigDict, steps_per_epoch: int, 
 
 
 def create_optimizer(
-    optimizer: ml_collections.ConfigDict, schedule: optax.ScalarOrSchedule
+    optimizer: ml_collections.ConfigDict, schedule: optax.ScalarOrSchedule, undecayed: Collection[str] = ()
 ) -> optax.GradientTransformation:
-    """SGD with momentum, or Adam with it as beta_1; weight decay is plain L2, added to the gradient before either.
+    """Returns SGD with momentum, or Adam with it as beta_1, both with weight decay: plain L2 added to the gradient.
 
-    It spares centers and spreads: pulling a head's position to the query pixel is no regularisation.
+    It spares the parameters called one of `undecayed`: pulling a head's position to the query pixel regularises
+    nothing.
     """
+
+    def decayed(params):
+        return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in undecayed, params)
+
     moments = optax.trace(optimizer.momentum) if optimizer.name == "sgd" else optax.scale_by_adam(b1=optimizer.momentum)
     return optax.chain(
         optax.add_decayed_weights(optimizer.weight_decay, mask=decayed),
         moments,
         optax.scale_by_learning_rate(schedule),
     )
-
-
-def decayed(params: dict) -> dict:
-    """True for every parameter under weight decay."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in ("centers", "spreads"), params)

@@ -21,16 +21,22 @@ from etils import epath
 from flax import serialization, traverse_util
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from attn_cnn import devices
+from attn_cnn import schema
 from attn_cnn.errors import UserError, first_line
+from attn_cnn.training import devices
 
 log = logging.getLogger("attn_cnn")
+
+FIELDS = {
+    "every_epochs": schema.integer(1, 100_000),
+    "keep": schema.integer(1, 1000),
+}
 
 
 class Checkpoints:
     """The checkpoints of one workdir, named by step: the newest `keep` and the best by test accuracy.
 
-    A context manager: leaving it waits for the last write. With `read_only` nothing on disk changes.
+    It is a context manager, and leaving it waits for the last write. With `read_only` nothing on disk changes.
     """
 
     def __init__(self, directory: epath.Path, keep: int = 1, read_only: bool = False):
@@ -71,36 +77,54 @@ class Checkpoints:
                 raise RuntimeError(f"orbax declined to save step {step}")
 
     def latest_step(self) -> int | None:
-        """The newest checkpoint's step, or None."""
+        """Returns the newest checkpoint's step, or None."""
         return self._manager.latest_step()
 
     def metrics(self, step: int) -> dict[str, float] | None:
-        """What was measured when the checkpoint of `step` was written."""
+        """Returns what was measured when the checkpoint of `step` was written, or None."""
         return self._manager.metrics(step)
 
-    def restore(self, state: Any) -> tuple[int, Any] | None:
-        """The newest checkpoint that is whole, as (step, state); None where none was ever finished.
+    def restore(self, state: Any, step: int | str = "newest") -> tuple[int, Any] | None:
+        """Returns (step, state) of a checkpoint; None where none was ever finished.
 
-        `state` gives the structure; its arrays may be abstract. Newer checkpoints, damaged, are moved aside, so that
-        the run can write theirs again.
+        The newest is the newest that is whole: newer ones, damaged, are moved aside, so that the run can write theirs
+        again.
+
+        Args:
+          state: gives the structure; its arrays may be abstract.
+          step: "newest", "best" (by test accuracy), or a step.
 
         Raises:
-          UserError: there are checkpoints, but none of them is whole on every host, or they may not be read.
+          UserError: no checkpoint is whole on every host, or they may not be read, or there is none of that step.
         """
+        steps = sorted(self._manager.all_steps(), reverse=True)
         target = serialization.to_state_dict(state)
         target = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), target)
         damages = {}
-        for step in sorted(self._manager.all_steps(), reverse=True):
-            tree, damage = devices.on_every_host(functools.partial(self._read, step, target))
+        for candidate in self._chosen(steps, step) if steps else ():
+            tree, damage = devices.on_every_host(functools.partial(self._read, candidate, target))
             if devices.everywhere(damage is not None).any():
-                damages[step] = f"{self.directory / str(step)}: {damage or 'damaged as another host reads it'}"
-                log.warning("Damaged checkpoint, the one before it is tried: %s", damages[step])
+                damages[candidate] = (
+                    f"{self.directory / str(candidate)}: {damage or 'damaged as another host reads it'}"
+                )
+                log.warning("Damaged checkpoint, the one before it is tried: %s", damages[candidate])
                 continue
             self._move_aside(damages)
-            return step, serialization.from_state_dict(state, jax.tree.map(jnp.asarray, tree))
+            return candidate, serialization.from_state_dict(state, jax.tree.map(jnp.asarray, tree))
         if damages:
             raise UserError("no checkpoint can be read:\n  " + "\n  ".join(damages.values()))
         return None
+
+    def _chosen(self, steps: list[int], step: int | str) -> list[int]:
+        """Returns the steps to try, in order."""
+        if step == "newest":
+            return steps
+        if step == "best":
+            measured = [s for s in steps if self.metrics(s)]
+            return [max(measured, key=lambda s: _test_accuracy(self.metrics(s)))] if measured else steps[:1]
+        if step not in steps:
+            raise UserError(f"{self.directory} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}.")
+        return [step]
 
     def wait(self) -> None:
         """Returns when everything saved is on disk.
@@ -119,7 +143,7 @@ class Checkpoints:
             self._manager.close()
 
     def _read(self, step: int, target: dict) -> tuple[dict | None, str | None]:
-        """The state's arrays, or what is damaged."""
+        """Returns the state's arrays, or what is damaged."""
         args = ocp.args.Composite(state=ocp.args.StandardRestore(target), crcs=ocp.args.JsonRestore())
         try:
             items = self._manager.restore(step, args=args)
@@ -144,8 +168,10 @@ class Checkpoints:
         self._manager.reload()
 
     def _drop_damaged_metrics(self) -> None:
-        """A metrics item that is no JSON would keep orbax from opening any checkpoint; without, the step is evaluated
-        anew."""
+        """Moves aside what is no JSON, since it would keep orbax from opening any checkpoint.
+
+        Without its metrics a step is evaluated anew.
+        """
         if jax.process_index() > 0 or not self.directory.exists():
             return
         for item in self.directory.glob("*/metrics"):
@@ -168,7 +194,7 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def _explained(done: str, directory: epath.Path) -> Iterator[None]:
-    """A failure of orbax, which may be of any type, as a message."""
+    """Raises a failure of orbax, which may be of any type, as a message."""
     try:
         yield
     except Exception as error:

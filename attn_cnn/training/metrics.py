@@ -11,8 +11,8 @@ from typing import Any
 import jax
 from etils import epath
 
-from attn_cnn import tensorflow
 from attn_cnn.errors import UserError
+from attn_cnn.training import quiet_tensorflow
 
 log = logging.getLogger("attn_cnn")
 
@@ -45,7 +45,7 @@ class Writer:
         try:
             for future in pending:
                 future.result()
-        except (OSError, tensorflow.quiet().errors.OpError) as error:
+        except (OSError, quiet_tensorflow.load().errors.OpError) as error:
             raise UserError(f"the metrics cannot be written: {error}") from None
 
     def __enter__(self):
@@ -64,7 +64,7 @@ class Writer:
 
 
 def _open(directory: epath.Path, step: int, evaluated: bool):
-    tensorflow.quiet()
+    quiet_tensorflow.load()
     trim(directory, step, evaluated)
     from clu import metric_writers
 

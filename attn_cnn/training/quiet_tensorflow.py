@@ -1,4 +1,7 @@
-"""TensorFlow, which reads tfds's files and writes event files; imported late, since that takes seconds."""
+"""TensorFlow, kept quiet and off the accelerators; it reads tfds's files and writes event files.
+
+It is imported late, since that takes seconds.
+"""
 
 import os
 from types import ModuleType
@@ -8,8 +11,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 
-def quiet() -> ModuleType:
-    """TensorFlow without its start-up messages, and off the accelerators, which are JAX's."""
+def load() -> ModuleType:
+    """Returns TensorFlow without its start-up messages, and off the accelerators, which are JAX's."""
     import tensorflow
 
     tensorflow.config.set_visible_devices([], "GPU")

@@ -1,0 +1,364 @@
+"""What follows from a config: its check, model and optimizer, the state, and the sequence of what happens in a run."""
+
+import enum
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+from etils import epath
+from flax import traverse_util
+from jaxtyping import Array, Int
+
+from attn_cnn import model as model_lib
+from attn_cnn import schema
+from attn_cnn.errors import UserError
+from attn_cnn.training import checkpoint, data, devices, optim
+from attn_cnn.training import workdir as workdir_lib
+
+FIELDS = {
+    "seed": schema.integer(0, 2**31 - 1),
+    "epochs": schema.integer(1, 100_000),
+    "batch_size": schema.integer(1, 1_000_000),
+    "eval_batch_size": schema.integer(1, 10_000),
+    "log_every_steps": schema.integer(1, 1_000_000),
+    "dtype": schema.choice("float32", "bfloat16"),
+    "matmul_precision": schema.choice("default", "high", "highest"),
+    "condition_penalty": schema.number(0, 1e6, default=0.0),
+    "init_from": schema.text(default=""),
+    "init_except": schema.tuple_of(
+        lambda v: all(type(name) is str and name for name in v),
+        "names of parameters, as in ('classifier',)",
+        default=(),
+    ),
+    **{f"data.{name}": field for name, field in data.FIELDS.items()},
+    **{f"optimizer.{name}": field for name, field in optim.FIELDS.items()},
+    **{f"checkpoint.{name}": field for name, field in checkpoint.FIELDS.items()},
+}
+
+
+def checked(config: ml_collections.ConfigDict, spec: data.Spec | None = None) -> ml_collections.ConfigDict:
+    """Returns the config, with defaults where fields are missing; `spec` describes other data than it names.
+
+    Raises:
+      UserError: the config does not describe a run; the message names field, value and choices.
+    """
+    config = schema.completed(config, FIELDS)
+    values = schema.flatten(config)
+    schema.check({k: v for k, v in values.items() if not k.startswith("model.")}, FIELDS, "config.")
+    if "model" not in config:
+        raise UserError("config.model is missing.")
+    config.model = model_lib.checked_model(config.model)
+    data.check(config, spec)
+    optim.check(config.optimizer)
+    if config.condition_penalty and not model_lib.has_penalty(config.model):
+        raise UserError(
+            f"config.condition_penalty is {config.condition_penalty}, but no head of this model has a condition number "
+            "to penalise; set it to 0."
+        )
+    if config.init_except and not config.init_from:
+        raise UserError(
+            f"config.init_except is {config.init_except}, but the run starts from no other; set config.init_from."
+        )
+    return config
+
+
+def check_name(name: str) -> None:
+    """Raises UserError unless `name`, as in "model.heads", is a field of some config or holds fields."""
+    model = {f"model.{field}" for fields in model_lib.model_fields().values() for field in fields}
+    known = set(FIELDS) | model | {"model.name"}
+    if not any(field == name or field.startswith(f"{name}.") for field in known):
+        raise UserError(f"unknown field config.{name}; the fields are {', '.join(sorted(known))}.")
+
+
+def load_config(workdir: epath.Path) -> ml_collections.ConfigDict:
+    """Returns the config of the run in `workdir`, with defaults for fields that came after it.
+
+    Raises:
+      UserError: there is no run, or its config was damaged or changed.
+    """
+    path = workdir / workdir_lib.CONFIG
+    if not path.exists():
+        raise UserError(f"{workdir} holds no run; train one first, or name the workdir of one.")
+    config = workdir_lib.read_config(path)
+    try:
+        return checked(config)
+    except UserError as error:
+        raise UserError(f"{path} was changed: {error}") from None
+
+
+class Sums(flax.struct.PyTreeNode):
+    """Sums over steps of what is logged as means; they are in the state, so that a resumed run logs the same.
+
+    The fields are float32 scalars, or what stands for them in an abstract state.
+    """
+
+    steps: Any
+    loss: Any
+    accuracy: Any
+
+    def add(self, restart: Array, loss: Array, accuracy: Array) -> "Sums":
+        """Returns the sums with one step more, or of that step alone where they `restart`."""
+        new = Sums(jnp.float32(1), loss, accuracy)
+        return jax.tree.map(lambda old, new: jnp.where(restart, 0, old) + new, self, new)
+
+    def means(self) -> dict[str, float]:
+        """Returns the means over the steps that were added."""
+        return {"loss": float(self.loss / self.steps), "accuracy": float(self.accuracy / self.steps)}
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """Everything that a run needs to go on, bit for bit.
+
+    Attributes:
+      step: steps done, int32.
+      params: the model's parameters.
+      batch_stats: the ResNet's running statistics.
+      opt_state: the optimizer's state.
+      window: sums since metrics were last written.
+      epoch: sums since the epoch began.
+      first_bad_step: the first step, from 1, whose loss, gradients or parameters were not finite; or 0.
+    """
+
+    step: Any
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+    window: Sums
+    epoch: Sums
+    first_bad_step: Any
+
+
+class Experiment(NamedTuple):
+    """What follows from a config alone."""
+
+    config: ml_collections.ConfigDict
+    spec: data.Spec
+    model: nn.Module
+    schedule: optax.Schedule
+    optimizer: optax.GradientTransformation
+    steps_per_epoch: int
+    total_steps: int
+
+    def batch(self, step: int) -> Int[np.ndarray, "global_batch"]:
+        """Returns the indices of the examples that the step after `step` trains on."""
+        epoch, batch = divmod(step, self.steps_per_epoch)
+        order = data.epoch_order(self.config.seed, epoch, self.spec.train_size)
+        return order[batch * self.config.batch_size : (batch + 1) * self.config.batch_size]
+
+
+def create_experiment(config: ml_collections.ConfigDict, spec: data.Spec | None = None) -> Experiment:
+    """Returns what follows from `config`; `spec` describes other data than the config names.
+
+    Raises:
+      UserError: the config does not describe a run, or its state is larger than a device's memory.
+    """
+    config = checked(config, spec)
+    spec = spec or data.SPECS[config.data.name]
+    steps_per_epoch = spec.train_size // config.batch_size
+    schedule = optim.create_schedule(config.optimizer, steps_per_epoch, config.epochs)
+    experiment = Experiment(
+        config=config,
+        spec=spec,
+        model=model_lib.create_model(config.model, config.dtype, devices.AXIS),
+        schedule=schedule,
+        optimizer=optim.create_optimizer(config.optimizer, schedule, model_lib.undecayed(config.model)),
+        steps_per_epoch=steps_per_epoch,
+        total_steps=steps_per_epoch * config.epochs,
+    )
+    devices.check_memory(sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(abstract_state(experiment))))
+    return experiment
+
+
+def abstract_state(experiment: Experiment) -> TrainState:
+    """Returns shapes and dtypes of the state; nothing is computed."""
+    return jax.eval_shape(functools.partial(random_state, experiment))
+
+
+def random_state(experiment: Experiment) -> TrainState:
+    """Returns the state before the first step, a function of the seed."""
+
+    @jax.jit
+    def init(key):
+        return experiment.model.init(key, jnp.zeros((1, *experiment.spec.image_shape)))
+
+    return state_of(experiment, init(jax.random.key(experiment.config.seed)))
+
+
+def state_of(experiment: Experiment, variables: dict, step: int = 0) -> TrainState:
+    """Returns the state of a run with the given `variables` and a fresh optimizer, as if `step` steps were done."""
+
+    def counts_steps(part: Any) -> bool:
+        return isinstance(part, optax.ScaleByScheduleState)
+
+    @jax.jit  # every array in a buffer of its own, since a step overwrites them
+    def state(variables):
+        opt_state = jax.tree.map(
+            lambda part: part._replace(count=jnp.int32(step)) if counts_steps(part) else part,
+            experiment.optimizer.init(variables["params"]),
+            is_leaf=counts_steps,
+        )
+        zero = Sums(*[jnp.float32(0)] * 3)
+        return TrainState(
+            step=jnp.int32(step),
+            params=variables["params"],
+            batch_stats=variables.get("batch_stats", {}),
+            opt_state=opt_state,
+            window=zero,
+            epoch=zero,
+            first_bad_step=jnp.int32(0),
+        )
+
+    return state(variables)
+
+
+def first_state(experiment: Experiment) -> TrainState:
+    """Returns the state before the first step: random, or with the parameters of the run that `init_from` names.
+
+    Raises:
+      UserError: that run cannot be read, or its parameters do not fit.
+    """
+    config, state = experiment.config, random_state(experiment)
+    if not config.init_from:
+        return state
+    devices.on_every_host(lambda: load_config(workdir_lib.open_workdir(config.init_from)))  # all of them see it
+    other = load_run(config.init_from)
+    ours = {"params": state.params, "batch_stats": state.batch_stats}
+    theirs = {"params": other.params, "batch_stats": other.batch_stats}
+    return state_of(experiment, started_from(ours, theirs, config.init_from, config.init_except))
+
+
+def started_from(ours: dict, theirs: dict, workdir: str, fresh: tuple[str, ...]) -> dict:
+    """Returns the variables `theirs`, of the run in `workdir`, but for those of `ours` whose paths begin with `fresh`.
+
+    Raises:
+      UserError: variables are missing, left over or of another shape, or a name in `fresh` is nobody's.
+    """
+
+    def flat(variables):
+        return {path[1:]: (path, leaf) for path, leaf in traverse_util.flatten_dict(variables).items()}
+
+    def is_fresh(path):
+        return any(path[: len(name.split("/"))] == tuple(name.split("/")) for name in fresh)
+
+    ours, theirs = flat(ours), flat(theirs)
+    unknown = [n for n in fresh if not any(path[: len(n.split("/"))] == tuple(n.split("/")) for path in ours)]
+    problems = [f"config.init_except names {name}, which is no parameter" for name in unknown]
+    result = {}
+    for path, (whole_path, leaf) in ours.items():
+        _, other = theirs.get(path, (None, None))
+        if is_fresh(path):
+            other = leaf
+        elif other is None:
+            problems.append(f"{'/'.join(path)} is missing there")
+            continue
+        elif other.shape != leaf.shape:
+            problems.append(f"{'/'.join(path)} has shape {other.shape} there, {leaf.shape} here")
+        result[whole_path] = other
+    problems += [f"{'/'.join(path)} is left over there" for path in theirs if path not in ours and not is_fresh(path)]
+    if problems:
+        raise UserError(
+            f"the run in {workdir} does not fit (config.init_from); change config.model, or name what starts afresh in "
+            "config.init_except:\n  " + "\n  ".join(problems)
+        )
+    return {"batch_stats": {}} | traverse_util.unflatten_dict(result)
+
+
+class Next(enum.Enum):
+    """What can come next in a run."""
+
+    TRAIN = "train"  # a step
+    REPORT = "report"  # the metrics since the last time
+    EVALUATE = "evaluate"  # the test set
+    SAVE = "save"  # a checkpoint
+
+
+def what_happens(experiment: Experiment, step: int, evaluated: bool) -> Iterator[tuple[Next, int]]:
+    """Yields what comes next, and the number of steps done when it has come, from `step` to the end of the run.
+
+    Metrics are reported every `log_every_steps` of an epoch and at its end; an epoch ends with an evaluation and, every
+    `checkpoint.every_epochs` and at the end of the run, a checkpoint.
+
+    Args:
+      experiment: the run.
+      step: steps done.
+      evaluated: whether the epoch that ends with `step` has been evaluated.
+    """
+    config, of_epoch = experiment.config, experiment.steps_per_epoch
+    while True:
+        if step % of_epoch == 0 and not evaluated:
+            yield Next.EVALUATE, step
+            if step // of_epoch % config.checkpoint.every_epochs == 0 or step == experiment.total_steps:
+                yield Next.SAVE, step
+        if step == experiment.total_steps:
+            return
+        step, evaluated = step + 1, False
+        yield Next.TRAIN, step
+        batch = (step - 1) % of_epoch + 1
+        if batch % config.log_every_steps == 0 or batch == of_epoch:
+            yield Next.REPORT, step
+
+
+class Run(NamedTuple):
+    """A run as it is found in its workdir.
+
+    Attributes:
+      model: the Flax module.
+      params: its parameters.
+      batch_stats: the ResNet's running statistics, else {}.
+      config: the run's config.
+      mean: mean of each channel of the images, scaled to [0, 1], for `augment.normalize`.
+      std: standard deviation of each channel.
+      step: steps that were done.
+    """
+
+    model: nn.Module
+    params: Any
+    batch_stats: Any
+    config: ml_collections.ConfigDict
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    step: int
+
+
+def load_run(workdir: epath.PathLike, step: int | str = "newest") -> Run:
+    """Opens the run in `workdir`; nothing there changes.
+
+    Args:
+      workdir: the folder of a run.
+      step: "newest", "best" (by test accuracy), or the step of a checkpoint.
+
+    Raises:
+      UserError: there is no run, or no such checkpoint of it, or it cannot be read.
+    """
+    workdir = workdir_lib.open_workdir(workdir)
+    experiment = create_experiment(load_config(workdir))
+    step, state = restore(experiment, workdir, step)
+    return Run(
+        model=model_lib.create_model(experiment.config.model, experiment.config.dtype),
+        params=state.params,
+        batch_stats=state.batch_stats,
+        config=experiment.config,
+        mean=experiment.spec.mean,
+        std=experiment.spec.std,
+        step=step,
+    )
+
+
+def restore(experiment: Experiment, workdir: epath.Path, step: int | str = "newest") -> tuple[int, TrainState]:
+    """Reads a checkpoint of the run in `workdir`; nothing there changes.
+
+    Raises:
+      UserError: there is none, or none that can be read.
+    """
+    with checkpoint.Checkpoints(workdir / workdir_lib.CHECKPOINTS, read_only=True) as checkpoints:
+        restored = checkpoints.restore(abstract_state(experiment), step)
+    if restored is None:
+        raise UserError(f"{workdir} holds no checkpoint yet; train until its first one.")
+    return restored

@@ -1,0 +1,117 @@
+"""The training loop: a method for each thing that can come next in a run, and the ways in which it ends early."""
+
+import logging
+import signal
+from collections.abc import Iterable
+from typing import NoReturn
+
+import jax
+import tqdm
+
+from attn_cnn.errors import Stopped, UserError
+from attn_cnn.training import data, devices
+from attn_cnn.training.checkpoint import Checkpoints
+from attn_cnn.training.experiment import Experiment, Next, TrainState
+from attn_cnn.training.metrics import Writer
+from attn_cnn.training.progress import Clock, log_epoch, window_metrics
+from attn_cnn.training.steps import Inputs, compile_train_step, create_evaluate
+from attn_cnn.training.stopping import Interrupt, Vote
+from attn_cnn.training.tracing import Profile
+
+log = logging.getLogger("attn_cnn")
+
+
+class Loop:
+    """What a run does, a method for each thing that can come next; `state` and `test` are its state and last test."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        state: TrainState,
+        dataset: data.Dataset,
+        checkpoints: Checkpoints,
+        writer: Writer,
+        interrupt: Interrupt,
+        profiler: Profile,
+        bar: tqdm.tqdm,
+    ):
+        self.experiment, self.checkpoints, self.writer = experiment, checkpoints, writer
+        self.interrupt, self.profiler, self.bar = interrupt, profiler, bar
+        self.images, self.labels, *test_set = devices.replicate(tuple(dataset))
+        self.state, self.test, self.loss = devices.replicate(state), {}, None
+        self.places = devices.shares(experiment.config.batch_size)
+        self.step = compile_train_step(experiment)
+        self.evaluation = create_evaluate(experiment, *test_set, interrupt)
+        self.vote, self.stopping = Vote(interrupt), False
+        self.clock = Clock(experiment.config.batch_size / jax.device_count())
+
+    def run(self, events: Iterable[tuple[Next, int]]) -> None:
+        """Does what the `events` say; raises Stopped, with everything saved, where the hosts agree to stop."""
+        done = int(self.state.step)
+        for what, step in events:
+            if self.stopping and what is not Next.REPORT:
+                self.stop(done)
+            getattr(self, what.value)(step)
+            done = step
+        if self.stopping:
+            self.stop(done)
+
+    def train(self, step: int) -> None:
+        """Trains on the next batch, at most two steps being in flight."""
+        indices = devices.replicate(self.experiment.batch(step - 1))
+        former = self.loss
+        self.state, self.loss = self.step(self.state, Inputs(self.images, self.labels, indices), self.places)
+        self.stopping = self.vote.agreed()
+        jax.block_until_ready(former)
+        profiled = self.profiler.step(self.loss)
+        if former is None:
+            jax.block_until_ready(self.loss)
+            log.info("Compiled; step %d is done.", step)
+        if profiled:
+            self.clock.pause()
+        self.clock.tick()
+        self.bar.update()
+
+    def report(self, step: int) -> None:
+        """Writes the metrics since the last time."""
+        self.check_finite()
+        self.writer.write(step, window_metrics(self.experiment, step, self.state, self.clock))
+
+    def evaluate(self, step: int) -> None:
+        """Evaluates on the test set; where a signal comes, stops before the metrics are written."""
+        self.clock.pause()
+        test = self.evaluation(self.state)
+        if test is None:
+            self.stop(step)
+        self.test = test
+        self.writer.write(step, {f"test/{name}": value for name, value in test.items()})
+        log_epoch(self.experiment, step, self.state, test, self.clock)
+
+    def save(self, step: int) -> None:
+        """Writes a checkpoint, after the metrics that came before it."""
+        devices.on_every_host(self.writer.flush)
+        self.checkpoints.save(step, self.state, {f"test_{name}": value for name, value in self.test.items()})
+
+    def stop(self, step: int) -> NoReturn:
+        """Saves everything and raises Stopped."""
+        self.check_finite()
+        try:
+            devices.on_every_host(self.writer.flush)  # first, or a kill in between would leave a gap in the metrics
+        finally:
+            if self.checkpoints.latest_step() != step:
+                self.checkpoints.save(step, self.state)
+            self.checkpoints.wait()
+        # A host that received no signal stops for another's.
+        number = self.interrupt.signal or signal.SIGTERM
+        raise Stopped(f"stopped at step {step}; the same command goes on from there.", number)
+
+    def check_finite(self) -> None:
+        """Raises UserError if some step went out of the finite numbers; comes before any state is saved."""
+        if bad := int(self.state.first_bad_step):
+            last = self.checkpoints.latest_step()
+            raise UserError(
+                f"the loss, its gradients or the parameters were not finite at step {bad}, with learning rate "
+                f"{float(self.experiment.schedule(bad - 1)):.3g}. "
+                + ("No checkpoint was written yet" if last is None else f"The checkpoint of step {last} is untouched")
+                + "; a lower config.optimizer.learning_rate, in a new workdir, may help."
+            )

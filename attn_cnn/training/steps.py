@@ -1,0 +1,144 @@
+"""The training and the evaluation step, written for one device and compiled for all.
+
+The data lies on the devices as uint8. A step gathers its examples by index, augments and normalises them; nothing but
+the indices goes from host to device.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int, UInt8
+
+from attn_cnn.training import augment, devices
+from attn_cnn.training.experiment import Experiment, TrainState
+from attn_cnn.training.stopping import Interrupt, Vote
+
+
+class Inputs(NamedTuple):
+    """What a step is given, the same on every device.
+
+    Attributes:
+      images: a whole split of the data set.
+      labels: its labels.
+      indices: for training, the examples of the global batch; for evaluation, the first example of the batch.
+    """
+
+    images: UInt8[Array, "examples height width channels"]
+    labels: Int[Array, "examples"]
+    indices: Int[Array, "*global_batch"]
+
+
+def train_step(
+    state: TrainState, inputs: Inputs, places: Int[Array, "share"], *, experiment: Experiment
+) -> tuple[TrainState, Float[Array, ""]]:
+    """Makes one update from this device's `places` in the batch, with gradients averaged over devices.
+
+    Returns the state after it, and the loss.
+    """
+    config, spec = experiment.config, experiment.spec
+    batch = inputs.indices[places]
+    labels = inputs.labels[batch]
+    augment_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state.step))
+    x = augment.augment(augment_key, inputs.images[batch], places, config.data.crop_padding, config.data.flip)
+    x = augment.normalize(x, spec.mean, spec.std)
+    dropout_key = jax.random.fold_in(dropout_key, jax.lax.axis_index(devices.AXIS))
+    loss_of = functools.partial(
+        training_loss, batch_stats=state.batch_stats, x=x, labels=labels, key=dropout_key, experiment=experiment
+    )
+    (loss, (accuracy, batch_stats)), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+    grads, loss, accuracy = jax.lax.pmean((grads, loss, accuracy), devices.AXIS)
+    updates, opt_state = experiment.optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    bad = ~jnp.isfinite(loss + optax.tree.norm(grads) + optax.tree.norm(params))
+    batch_of_epoch = state.step % experiment.steps_per_epoch
+    state = state.replace(
+        step=state.step + 1,
+        params=params,
+        batch_stats=batch_stats,
+        opt_state=opt_state,
+        window=state.window.add(batch_of_epoch % config.log_every_steps == 0, loss, accuracy),
+        epoch=state.epoch.add(batch_of_epoch == 0, loss, accuracy),
+        first_bad_step=jnp.where((state.first_bad_step == 0) & bad, state.step + 1, state.first_bad_step),
+    )
+    return state, loss
+
+
+def training_loss(
+    params: dict,
+    batch_stats: dict,
+    x: Float[Array, "share height width channels"],
+    labels: Int[Array, "share"],
+    key: Array,
+    experiment: Experiment,
+) -> tuple[Float[Array, ""], tuple[Float[Array, ""], dict]]:
+    """Returns the mean loss of normalised images, and their accuracy with the new batch statistics."""
+    weight = experiment.config.condition_penalty
+    logits, new = experiment.model.apply(
+        {"params": params, "batch_stats": batch_stats},
+        x,
+        train=True,
+        mutable=["batch_stats", "losses"] if weight else ["batch_stats"],
+        rngs={"dropout": key},
+    )
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+    if weight:
+        loss += weight * jnp.concatenate(jax.tree.leaves(new["losses"])).mean()  # over the heads of all layers
+    accuracy = (logits.argmax(-1) == labels).mean()
+    return loss, (accuracy, new.get("batch_stats", {}))
+
+
+def compile_train_step(experiment: Experiment) -> Callable[[TrainState, Inputs, Array], tuple[TrainState, Array]]:
+    """Returns the training step on all devices; it overwrites the state that it is given."""
+    return devices.mapped(functools.partial(train_step, experiment=experiment), donate=True)
+
+
+def eval_step(
+    variables: dict, inputs: Inputs, places: Int[Array, "share"], *, experiment: Experiment
+) -> tuple[Float[Array, "global_batch"], Float[Array, "global_batch"]]:
+    """Returns loss and correctness (0 or 1) of each image of the batch, in order; 0 beyond the last image."""
+    index = inputs.indices + places
+    valid = index < len(inputs.labels)
+    index = jnp.where(valid, index, 0)
+    x = augment.normalize(inputs.images[index], experiment.spec.mean, experiment.spec.std)
+    logits = experiment.model.apply(variables, x, train=False)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, inputs.labels[index])
+    correct = logits.argmax(-1) == inputs.labels[index]
+    empty = jnp.zeros(experiment.config.eval_batch_size * jax.device_count())
+
+    def gather(values):
+        return jax.lax.psum(empty.at[places].set(jnp.where(valid, values, 0)), devices.AXIS)
+
+    return gather(losses), gather(correct)
+
+
+def create_evaluate(
+    experiment: Experiment, images: Array, labels: Array, interrupt: Interrupt
+) -> Callable[[TrainState], dict[str, float] | None]:
+    """Returns a function from the state to {"loss", "accuracy"} over all of `images`; None where it was interrupted.
+
+    Each image counts once. Every device takes `eval_batch_size` images at a time and the sums run on the host in the
+    images' order, so that the result is the same to the last bit on any number of devices.
+    """
+    batch = experiment.config.eval_batch_size * jax.device_count()
+    step = devices.mapped(functools.partial(eval_step, experiment=experiment))
+    places = devices.shares(batch)
+    starts = [devices.replicate(np.int32(s)) for s in range(0, len(labels), batch)]
+
+    def evaluate(state: Any) -> dict[str, float] | None:
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        vote, results = Vote(interrupt), []
+        for start in starts:
+            results.append(step(variables, Inputs(images, labels, start), places))
+            stopping = vote.agreed()
+            jax.block_until_ready(results[-2:][0])  # two batches in flight at most
+            if stopping:
+                return None
+        losses, correct = (np.concatenate(r).astype(np.float64) for r in zip(*results, strict=True))
+        return {"loss": losses.sum() / len(labels), "accuracy": correct.sum() / len(labels)}
+
+    return evaluate

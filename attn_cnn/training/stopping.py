@@ -1,0 +1,66 @@
+"""Who decides to stop: Ctrl-C or SIGTERM to any host stops all hosts at the same step, which is saved first."""
+
+import logging
+import signal
+import threading
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jaxtyping import Array, Int
+
+from attn_cnn.training import devices
+
+log = logging.getLogger("attn_cnn")
+
+
+class Interrupt:
+    """Listens for signals while entered: the first Ctrl-C or SIGTERM sets `signal`, a second one ends the process.
+
+    Python takes signals on the main thread only: entered on another, it leaves them alone.
+    """
+
+    def __init__(self):
+        self.signal: int = 0
+        self._former = {}
+
+    def __enter__(self):
+        on_main_thread = threading.current_thread() is threading.main_thread()
+        for number in (signal.SIGINT, signal.SIGTERM) if on_main_thread else ():
+            self._former[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number, _):
+        self.signal = number
+        for former in self._former:
+            signal.signal(former, signal.SIG_DFL)
+        log.info("%s: saving, then stopping.", signal.Signals(number).name)
+
+
+def _total(state: tuple, same: tuple, wish: Int[Array, ""]) -> Int[Array, ""]:
+    return jax.lax.psum(wish, devices.AXIS)
+
+
+class Vote:
+    """Lets all hosts agree on whether to stop: each votes after every step, and all read the votes of the step before.
+
+    Reading the votes of the step itself would make the host wait for the device.
+    """
+
+    def __init__(self, interrupt: Interrupt):
+        self._interrupt = interrupt
+        self._count: Callable | None = devices.mapped(_total) if jax.process_count() > 1 else None
+        self._votes: Array | None = None
+
+    def agreed(self) -> bool:
+        """Votes, and returns whether all hosts stop here; each calls it after the same steps."""
+        wish = bool(self._interrupt.signal)
+        if self._count is None:
+            return wish
+        wishes = devices.distribute(np.full(jax.local_device_count(), wish, np.int32))
+        former, self._votes = self._votes, self._count((), (), wishes)
+        return former is not None and int(former) > 0

@@ -1,0 +1,145 @@
+"""A run's folder: config.json, checkpoints/ and metrics/, for one process at a time.
+
+The claim is a lock on config.json, which the operating system drops when its process ends, however it ends.
+"""
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import ml_collections
+from etils import epath
+
+from attn_cnn import schema
+from attn_cnn.errors import UserError, first_line
+from attn_cnn.training.checkpoint import Checkpoints
+
+log = logging.getLogger("attn_cnn")
+
+SCHEMES = ("gs",)  # that TensorFlow, and so epath, reads without more packages
+CONFIG = "config.json"
+CHECKPOINTS = "checkpoints"
+
+
+def open_workdir(path: epath.PathLike) -> epath.Path:
+    """Returns the path of a workdir.
+
+    Raises:
+      UserError: it cannot be reached, or is of a kind that holds no checkpoints.
+    """
+    scheme, separator, _ = os.fspath(path).partition("://")
+    if separator and scheme not in SCHEMES:
+        raise UserError(f"the workdir {path} must be a local path, or one of {', '.join(s + '://' for s in SCHEMES)}.")
+    path = epath.Path(path)
+    try:
+        path.exists()
+    except Exception as error:  # each file system has errors of its own
+        raise UserError(f"the workdir {path} cannot be used: {first_line(error)}") from None
+    return path
+
+
+def claim(workdir: epath.Path, config: ml_collections.ConfigDict, stack: contextlib.ExitStack) -> None:
+    """Holds `workdir` for a run of `config` until `stack` closes, and writes the config where the workdir is new.
+
+    Object stores have no locks: there, nothing is held.
+
+    Raises:
+      UserError: another process holds the workdir, or it is not writable.
+    """
+    path = workdir / CONFIG
+    try:
+        if not path.exists():
+            if (workdir / CHECKPOINTS).exists():
+                raise UserError(f"{workdir} holds checkpoints but no {CONFIG}; set another --workdir.")
+            workdir.mkdir(parents=True, exist_ok=True)
+            write_config(config, path)
+        if os.path.isfile(path):
+            stack.enter_context(_locked(path))
+    except UserError:
+        raise
+    except Exception as error:  # each file system has errors of its own
+        raise UserError(f"the workdir {workdir} cannot be used: {first_line(error)}") from None
+
+
+@contextlib.contextmanager
+def _locked(path: epath.Path) -> Iterator[None]:
+    with open(path, "r+") as file:  # NFS locks no file that is open for reading only
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            message = f"another process is at work in {path.parent}; wait for it, or set another --workdir."
+            raise UserError(message) from None
+        except OSError as error:
+            log.warning("%s cannot be locked (%s): start no second process on it.", path.parent, error)
+        yield
+
+
+def create(
+    workdir: epath.Path, config: ml_collections.ConfigDict, state: Any, metrics: dict[str, float] | None = None
+) -> None:
+    """Makes `workdir` a run of `config` that has come to `state`, with `metrics` if that was evaluated.
+
+    Raises:
+      UserError: the workdir holds a run already, or cannot be written.
+    """
+    if (workdir / CONFIG).exists() or any((workdir / CHECKPOINTS).glob("[0-9]*")):
+        raise UserError(f"{workdir} holds a run already; set another --workdir.")
+    with Checkpoints(workdir / CHECKPOINTS) as checkpoints:
+        checkpoints.save(int(state.step), state, metrics)
+    # The config comes last: a run without a checkpoint would start from random weights.
+    write_config(config, workdir / CONFIG)
+
+
+def write_config(config: ml_collections.ConfigDict, path: epath.Path) -> None:
+    """Writes the config as JSON, whole or not at all, unless another process was first."""
+    text = json.dumps(config.to_dict(), indent=2) + "\n"
+    if not os.path.isdir(path.parent):  # an object store, which writes files whole
+        path.write_text(text)
+        return
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+    try:
+        temporary.write_text(text)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without hard links
+            if not path.exists():
+                temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_config(path: epath.Path) -> ml_collections.ConfigDict:
+    """Reads what `write_config` wrote; whether it describes a run is not checked.
+
+    Raises:
+      UserError: the file is no JSON, or holds no fields.
+    """
+
+    def tuples(value):
+        if isinstance(value, dict):
+            return {k: tuples(v) for k, v in value.items()}
+        return tuple(map(tuples, value)) if isinstance(value, list) else value
+
+    try:
+        return ml_collections.ConfigDict(tuples(json.loads(path.read_text())))
+    except (OSError, RecursionError, AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is not a config: {first_line(error)}") from None
+
+
+def differences(
+    ours: ml_collections.ConfigDict, theirs: ml_collections.ConfigDict, only: tuple[str, ...] = ("",)
+) -> list[str]:
+    """Returns the fields (beginning with one of `only`) in which two configs differ, as lines to read.
+
+    Where the data lies is no difference.
+    """
+    a, b = schema.flatten(ours), schema.flatten(theirs)
+    names = sorted(n for n in (set(a) | set(b)) - {"data.dir"} if n.startswith(only))
+    return [f"{n}: {b.get(n)!r} then, {a.get(n)!r} now" for n in names if a.get(n) != b.get(n)]
