@@ -23,7 +23,7 @@ def main(_):
     from attn_cnn.training import devices
 
     devices.initialize(FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id)
-    workdir = FLAGS.workdir or cli.default_workdir()
+    workdir = cli.default_workdir() if FLAGS.workdir is None else FLAGS.workdir
     if FLAGS.mode == "train":
         train.train(FLAGS.config, workdir, FLAGS.profile)
     elif FLAGS.mode == "evaluate":

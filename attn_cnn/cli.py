@@ -1,6 +1,7 @@
 """What the commands share: the --config flag, the log, and errors that read as one message."""
 
 import contextlib
+import functools
 import itertools
 import logging
 import os
@@ -16,20 +17,24 @@ from absl import app, flags
 from etils import epath
 from ml_collections import config_flags
 
-from attn_cnn import cache, model
+from attn_cnn import model, paths, schema
 from attn_cnn.errors import Stopped, UserError
 from attn_cnn.training import experiment
 
 
-def run(main: Callable) -> None:
+def run(main: Callable, arguments: tuple[str, ...] = ()) -> None:
     """Runs `main` as absl's app.run does, with the flag --config, checked, in FLAGS.config.
 
     A UserError is printed alone and exits with 1, a run that a signal stopped with 128 + its number.
+
+    Args:
+      main: is given the command line without its flags.
+      arguments: names of what must stand there beside the flags, as in ("CHECKPOINT",).
     """
     config_flags.DEFINE_config_file("config", None, "A file of configs/, with a scale after a colon.")
     flags.mark_flag_as_required("config")
     try:
-        app.run(main, flags_parser=_parse)
+        app.run(main, flags_parser=functools.partial(_parse, arguments=arguments))
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
@@ -37,7 +42,7 @@ def run(main: Callable) -> None:
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0]
         if "RESOURCE_EXHAUSTED" in reason:
-            sys.exit(f"error: out of memory; lower config.batch_size or the model's sizes. {reason}")
+            sys.exit(f"error: out of memory; set config.micro_batch_size to a part of the batch. {reason}")
         if jax.process_count() == 1:
             raise
         print(f"error: another host is lost; start all again, and the run resumes. {reason}", file=sys.stderr)
@@ -58,7 +63,7 @@ def workdir_for(config_argument: str) -> str:
     return "runs/" + "_".join(filter(None, (epath.Path(path).stem, scale)))
 
 
-def _parse(argv: list[str]) -> list[str]:
+def _parse(argv: list[str], arguments: tuple[str, ...]) -> list[str]:
     for argument, following in itertools.pairwise([*argv, ""]):
         if named := re.match(r"--?config\.([^=]+)", argument):
             experiment.check_name(named[1])
@@ -67,10 +72,13 @@ def _parse(argv: list[str]) -> list[str]:
     try:
         rest = app.parse_flags_with_usage(argv)
     except (AttributeError, KeyError) as error:
-        models = "; ".join(f"{name}: {', '.join(sorted(f))}" for name, f in model.model_fields().items())
+        field = str(error).strip("\"'")
+        models = [name for name, fields in model.model_fields().items() if field in fields]
         raise UserError(
-            f"this config has no field {str(error).strip(chr(34))}. The fields of each model are {models}."
+            f"this config has no field {field!r}"
+            + (f"; configs whose config.model.name is {' or '.join(models)} have it." if models else ".")
         ) from None
+    _check_arguments(argv, rest[1:], arguments)
     experiment.checked(flags.FLAGS.config)
     _configure_log()
     _silence_orbax()
@@ -78,11 +86,29 @@ def _parse(argv: list[str]) -> list[str]:
     return rest
 
 
+def _check_arguments(argv: list[str], given: list[str], wanted: tuple[str, ...]) -> None:
+    """Raises UserError unless just `wanted` was given beside the flags; absl hands on what it does not understand."""
+    if len(given) < len(wanted):
+        raise UserError(f"{wanted[len(given)]} is missing: python -m ... {' '.join(wanted)} --config=...")
+    for word in given[len(wanted) :]:
+        before, name = argv[argv.index(word) - 1], word.partition("=")[0]
+        if before.startswith("--") and "=" not in before:
+            raise UserError(f"{word!r} stands alone after {before}; write {before}={word}.")
+        if "=" in word and (name in flags.FLAGS or name.startswith("config.")):
+            raise UserError(f"{word!r} is not understood; write --{word}.")
+        raise UserError(f"{word!r} is not understood; flags begin with --, as in --workdir=runs/mine.")
+
+
 def _check_file(argument: str) -> None:
-    path = epath.Path(argument.partition(":")[0])
-    if not _is_config(path):
-        known = ", ".join(sorted(p.name for p in path.parent.glob("*.py") if _is_config(p)))
-        raise UserError(f"{path} is no config; {path.parent} holds {known or 'none'}.")
+    name, colon, scale = argument.partition(":")
+    path = paths.resolve(name, "--config")
+    if _is_config(path):
+        return
+    folder = path.parent if path.parent != epath.Path(".") else epath.Path("configs")
+    known = {p.stem: p for p in sorted(folder.glob("*.py")) if _is_config(p)}
+    if meant := schema.nearest(path.stem, known):
+        raise UserError(f"{path} is no config; did you mean --config={known[meant]}{colon}{scale}?")
+    raise UserError(f"{path} is no config; {folder} holds {', '.join(p.name for p in known.values()) or 'none'}.")
 
 
 def _is_config(path: epath.Path) -> bool:
@@ -120,7 +146,7 @@ def _silence_orbax() -> None:
 def _configure_compilation_cache() -> None:
     """Keeps compiled programs, so that the next start need not wait; JAX_COMPILATION_CACHE_DIR says where."""
     if jax.config.jax_compilation_cache_dir is None:
-        folder = cache.folder() / "xla"
+        folder = paths.cache_folder() / "xla"
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
             jax.config.update("jax_compilation_cache_dir", os.fspath(folder))

@@ -7,13 +7,16 @@ from functools import partial
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from attn_cnn import schema
 from attn_cnn.layers import dense, fan_in_uniform
 
 BLOCKS_PER_STAGE = 2
+BATCH_NORM_EPSILON = 1e-5
+BATCH_NORM_MOMENTUM = 0.9
 FIELDS = {"width": schema.integer(1, 4096)}
 
 
@@ -28,6 +31,51 @@ def conv(features: int, kernel: int, stride: int, channels: int, **kwargs) -> nn
         kernel_init=fan_in_uniform(kernel * kernel * channels),
         **kwargs,
     )
+
+
+class BatchNorm(nn.Module):
+    """Normalises each channel over the images that count, on all devices together (Ioffe and Szegedy 2015).
+
+    Flax's own weighs devices equally, whatever number of images each of them has. The running variance is the biased
+    one; PyTorch's is not, and 1/(N - 1) of it larger.
+
+    Attributes:
+      counts: which images count; None: all of them do.
+      axis_name: mapped axis of the devices, or None.
+      train: whether to use, and keep, the batch's statistics; otherwise the running ones are used.
+      dtype: type of the result; statistics are float32.
+    """
+
+    counts: Any
+    axis_name: str | None
+    train: bool
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch H W channels"]) -> Float[Array, "batch H W channels"]:
+        """Returns the normalised grid."""
+        shape = x.shape[-1:]
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
+        running_var = self.variable("batch_stats", "var", jnp.ones, shape)
+        mean, var = running_mean.value, running_var.value
+        if self.train:
+            mean = self._mean(x.astype(jnp.float32))
+            var = self._mean(jnp.square(x.astype(jnp.float32) - mean))
+            if not self.is_initializing():
+                for running, value in ((running_mean, mean), (running_var, var)):
+                    running.value = BATCH_NORM_MOMENTUM * running.value + (1 - BATCH_NORM_MOMENTUM) * value
+        scale = self.param("scale", nn.initializers.ones, shape)
+        bias = self.param("bias", nn.initializers.zeros, shape)
+        y = (x - mean) * (jax.lax.rsqrt(var + BATCH_NORM_EPSILON) * scale) + bias
+        return y.astype(self.dtype)
+
+    def _mean(self, values: Array) -> Array:
+        """Returns the mean of each channel over the images that count."""
+        counts = jnp.ones(len(values), bool) if self.counts is None else self.counts
+        each = counts[:, None, None, None]
+        sums = jnp.sum(values, (0, 1, 2), where=each), jnp.sum(counts) * values.shape[1] * values.shape[2]
+        total, number = jax.lax.psum(sums, self.axis_name) if self.axis_name else sums
+        return total / number
 
 
 class Block(nn.Module):
@@ -65,17 +113,14 @@ class ResNet18(nn.Module):
 
     @nn.compact
     def __call__(
-        self, images: Float[Array, "batch height width channels"], *, train: bool = False
+        self,
+        images: Float[Array, "batch height width channels"],
+        *,
+        train: bool = False,
+        counts: Bool[Array, "batch"] | None = None,
     ) -> Float[Array, "batch classes"]:
-        norm = partial(
-            nn.BatchNorm,
-            use_running_average=not train,
-            momentum=0.9,
-            epsilon=1e-5,
-            axis_name=self.axis_name if train else None,
-            use_fast_variance=False,
-            dtype=self.dtype,
-        )
+        """Returns the logits of normalised images; batch statistics are those of the images that count."""
+        norm = partial(BatchNorm, counts, self.axis_name, train, self.dtype)
         x = conv(self.width, 3, 1, images.shape[-1], dtype=self.dtype, name="conv1")(images)
         x = nn.relu(norm(name="norm1")(x))
         for stage, (multiple, stride) in enumerate(((1, 1), (2, 2), (4, 2), (8, 2))):

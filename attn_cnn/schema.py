@@ -6,11 +6,13 @@ The fields themselves stand beside the code that reads them: a run's in `trainin
 was done before, so that their workdirs load.
 """
 
-from collections.abc import Callable, Mapping
+import difflib
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import ml_collections
+import numpy as np
 
 from attn_cnn.errors import UserError
 
@@ -30,6 +32,15 @@ class Field:
     accepts: Callable[[Any], bool]
     wanted: str
     default: Any = REQUIRED
+
+
+def plain(value: Any) -> Any:
+    """Returns a value, or a tree of values, with Python's own numbers for NumPy's scalars, which sweeps make."""
+    if isinstance(value, dict):
+        return {name: plain(v) for name, v in value.items()}
+    if isinstance(value, tuple):
+        return tuple(map(plain, value))
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def integer(low: int, high: int, default: Any = REQUIRED) -> Field:
@@ -98,7 +109,7 @@ def flatten(config: ml_collections.ConfigDict, prefix: str = "") -> dict[str, An
 
 def completed(config: ml_collections.ConfigDict, fields: Mapping[str, Field]) -> ml_collections.ConfigDict:
     """Returns a copy of `config` in which the fields that it lacks have their defaults."""
-    config = ml_collections.ConfigDict(config.to_dict())
+    config = ml_collections.ConfigDict(plain(config.to_dict()))
     defaults = {name: field.default for name, field in fields.items() if field.default is not REQUIRED}
     for name, default in defaults.items():
         *parents, leaf = name.split(".")
@@ -116,7 +127,7 @@ def check(values: Mapping[str, Any], fields: Mapping[str, Field], prefix: str) -
     The message names the field, with `prefix` in front, its value, and what it accepts.
     """
     for name in sorted(set(values) - set(fields)):
-        raise UserError(f"unknown field {prefix}{name}{suggestion(name, fields)}")
+        raise UserError(f"unknown field {prefix}{name}; {suggestion(name, fields, prefix)}")
     for name in sorted(set(fields) - set(values)):
         raise UserError(f"{prefix}{name} is missing; it must be {fields[name].wanted}.")
     for name, value in values.items():
@@ -124,6 +135,23 @@ def check(values: Mapping[str, Any], fields: Mapping[str, Field], prefix: str) -
             raise UserError(f"{prefix}{name} is {value!r}; it must be {fields[name].wanted}.")
 
 
-def suggestion(name: str, known: Mapping[str, Any]) -> str:
-    """Returns the end of a message about an unknown `name`: the fields that there are."""
-    return f"; the fields are {', '.join(sorted(known))}."
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """Returns the one of `known` that was probably meant by `name`, as "learning_rate" by "lr", or None."""
+    known = sorted(known)
+    parents, _, leaf = name.rpartition(".")
+    for other in known:
+        other_parents, _, other_leaf = other.rpartition(".")
+        initials = "".join(word[:1] for word in other_leaf.split("_"))
+        if other_parents == parents and leaf in (initials, other_leaf.replace("_", "")):
+            return other
+    if close := difflib.get_close_matches(name, known, n=1):
+        return close[0]
+    same_leaf = [other for other in known if other.rpartition(".")[2] == leaf]
+    return same_leaf[0] if len(same_leaf) == 1 else None
+
+
+def suggestion(name: str, known: Iterable[str], prefix: str) -> str:
+    """Returns the end of a message about an unknown field: the one that was probably meant, or those that there are."""
+    known = sorted(known)
+    meant = nearest(name, known)
+    return f"did you mean {prefix}{meant}?" if meant else f"the fields are {', '.join(known)}."

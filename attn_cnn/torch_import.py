@@ -20,7 +20,7 @@ from absl import flags
 from etils import epath
 from flax import traverse_util
 
-from attn_cnn import cli
+from attn_cnn import cli, paths
 from attn_cnn.encodings import encoding_class
 from attn_cnn.errors import UserError, first_line
 from attn_cnn.model import abstract_variables, checked_model
@@ -196,13 +196,13 @@ def import_checkpoint(path: epath.Path, config: ml_collections.ConfigDict, workd
 
 
 def main(argv):
-    if len(argv) != 2:
-        raise UserError("name one checkpoint: python -m attn_cnn.torch_import CHECKPOINT --config=...")
-    step = import_checkpoint(epath.Path(argv[1]), flags.FLAGS.config, workdir_lib.open_workdir(flags.FLAGS.workdir))
+    step = import_checkpoint(
+        paths.resolve(argv[1], "CHECKPOINT"), flags.FLAGS.config, workdir_lib.open_workdir(flags.FLAGS.workdir)
+    )
     print(f"{flags.FLAGS.workdir} now holds {argv[1]}, at step {step}.")
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "The workdir to make.")
     flags.mark_flag_as_required("workdir")
-    cli.run(main)
+    cli.run(main, arguments=("CHECKPOINT",))

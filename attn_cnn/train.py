@@ -44,7 +44,6 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, profile: b
       Stopped: Ctrl-C or SIGTERM came to this host or to another; a checkpoint of that very step is written.
     """
     experiment, workdir = create_experiment(config), workdir_lib.open_workdir(workdir)
-    devices.check_batch_size(experiment.config.batch_size, jax.device_count())
     dataset = load_data(experiment)
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.default_matmul_precision(experiment.config.matmul_precision))

@@ -25,7 +25,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Int, UInt8
 
-from attn_cnn import cache, schema
+from attn_cnn import paths, schema
 from attn_cnn.errors import UserError, first_line
 from attn_cnn.training import quiet_tensorflow
 
@@ -107,7 +107,8 @@ def load(name: str, data_dir: str = "") -> Dataset:
     """
     if name == "digits":
         return _digits()
-    root = epath.Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    root = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    root = paths.resolve(root, "the data's folder (config.data.dir, or TFDS_DATA_DIR)")
     prepared = _prepared(root, name)
     if prepared is None:
         _check_reachable(name, root)
@@ -200,7 +201,7 @@ def _cached(prepared: epath.Path) -> Dataset:
     files = sorted((f.name, f.stat().length) for f in prepared.iterdir())
     source = hashlib.sha256(json.dumps([os.fspath(prepared), files]).encode()).hexdigest()[:16]
     file_name = f"{prepared.parent.name}-{prepared.name}-{source}.npz"
-    places = [prepared.parent / file_name, cache.folder() / file_name]
+    places = [prepared.parent / file_name, paths.cache_folder() / file_name]
     for place in places:
         if dataset := _read_cache(place):
             return dataset

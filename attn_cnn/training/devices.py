@@ -6,6 +6,7 @@ that nothing depends on how devices are numbered across hosts.
 """
 
 import logging
+import math
 import os
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -49,14 +50,15 @@ def distribute(values: Shaped[np.ndarray, "devices *shape"]) -> Shaped[Array, "d
     return jax.device_put(values, _local_sharding(AXIS))
 
 
-def shares(batch_size: int) -> Int[Array, "devices share"]:
-    """Returns the places in a batch of `batch_size` images that are each of this process's devices'.
+def shares(batch_size: int, pieces: int = 1) -> Int[Array, "devices pieces share"]:
+    """Returns the places in a batch of `batch_size` images that are each of this process's devices', in equal pieces.
 
-    Raises:
-      UserError: the devices cannot share the batch evenly.
+    Where the devices cannot share the batch evenly, the last places of some are -1: no image.
     """
-    check_batch_size(batch_size, jax.device_count())
-    places = np.arange(batch_size, dtype=np.int32).reshape(jax.process_count(), jax.local_device_count(), -1)
+    share = math.ceil(batch_size / (jax.device_count() * pieces))
+    places = np.full(jax.device_count() * pieces * share, -1, np.int32)
+    places[:batch_size] = np.arange(batch_size)
+    places = places.reshape(jax.process_count(), jax.local_device_count(), pieces, share)
     return distribute(places[jax.process_index()])
 
 
@@ -105,17 +107,6 @@ def everywhere(value: bool | int) -> Int[np.ndarray, "processes"]:
     if jax.process_count() == 1:
         return np.array([int(value)])
     return np.asarray(multihost_utils.process_allgather(np.int32(value))).reshape(-1)
-
-
-def check_batch_size(batch_size: int, devices: int) -> None:
-    """Raises UserError, with the nearest sizes that fit, unless `devices` divides `batch_size`."""
-    if batch_size % devices:
-        below = batch_size // devices * devices
-        sizes = " or ".join(str(s) for s in (below, below + devices) if s)
-        raise UserError(
-            f"config.batch_size is {batch_size}, which {devices} devices cannot share evenly; "
-            f"the nearest that they can: {sizes}."
-        )
 
 
 def check_memory(needed: int) -> None:

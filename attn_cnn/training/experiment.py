@@ -2,6 +2,7 @@
 
 import enum
 import functools
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ FIELDS = {
     "epochs": schema.integer(1, 100_000),
     "batch_size": schema.integer(1, 1_000_000),
     "eval_batch_size": schema.integer(1, 10_000),
+    "micro_batch_size": schema.integer(0, 1_000_000, default=0),
     "log_every_steps": schema.integer(1, 1_000_000),
     "dtype": schema.choice("float32", "bfloat16"),
     "matmul_precision": schema.choice("default", "high", "highest"),
@@ -62,6 +64,11 @@ def checked(config: ml_collections.ConfigDict, spec: data.Spec | None = None) ->
             f"config.condition_penalty is {config.condition_penalty}, but no head of this model has a condition number "
             "to penalise; set it to 0."
         )
+    if config.micro_batch_size and config.model.name == "resnet18":
+        raise UserError(
+            f"config.micro_batch_size is {config.micro_batch_size}, but the ResNet normalises with the statistics of "
+            "its whole batch, which pieces do not have; set it to 0 and lower config.batch_size."
+        )
     if config.init_except and not config.init_from:
         raise UserError(
             f"config.init_except is {config.init_except}, but the run starts from no other; set config.init_from."
@@ -74,7 +81,7 @@ def check_name(name: str) -> None:
     model = {f"model.{field}" for fields in model_lib.model_fields().values() for field in fields}
     known = set(FIELDS) | model | {"model.name"}
     if not any(field == name or field.startswith(f"{name}.") for field in known):
-        raise UserError(f"unknown field config.{name}; the fields are {', '.join(sorted(known))}.")
+        raise UserError(f"unknown field config.{name}; {schema.suggestion(name, known, 'config.')}")
 
 
 def load_config(workdir: epath.Path) -> ml_collections.ConfigDict:
@@ -145,6 +152,11 @@ class Experiment(NamedTuple):
     optimizer: optax.GradientTransformation
     steps_per_epoch: int
     total_steps: int
+
+    @property
+    def pieces(self) -> int:
+        """Equal pieces of the batch whose gradients are added up one after another."""
+        return math.ceil(self.config.batch_size / (self.config.micro_batch_size or self.config.batch_size))
 
     def batch(self, step: int) -> Int[np.ndarray, "global_batch"]:
         """Returns the indices of the examples that the step after `step` trains on."""

@@ -39,7 +39,7 @@ class Loop:
         self.interrupt, self.profiler, self.bar = interrupt, profiler, bar
         self.images, self.labels, *test_set = devices.replicate(tuple(dataset))
         self.state, self.test, self.loss = devices.replicate(state), {}, None
-        self.places = devices.shares(experiment.config.batch_size)
+        self.places = devices.shares(experiment.config.batch_size, experiment.pieces)
         self.step = compile_train_step(experiment)
         self.evaluation = create_evaluate(experiment, *test_set, interrupt)
         self.vote, self.stopping = Vote(interrupt), False

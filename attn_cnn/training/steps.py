@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 from attn_cnn.training import augment, devices
 from attn_cnn.training.experiment import Experiment, TrainState
@@ -34,24 +34,20 @@ class Inputs(NamedTuple):
 
 
 def train_step(
-    state: TrainState, inputs: Inputs, places: Int[Array, "share"], *, experiment: Experiment
+    state: TrainState, inputs: Inputs, places: Int[Array, "pieces share"], *, experiment: Experiment
 ) -> tuple[TrainState, Float[Array, ""]]:
-    """Makes one update from this device's `places` in the batch, with gradients averaged over devices.
+    """Makes one update from this device's `places` in the batch, with gradients summed over devices.
 
-    Returns the state after it, and the loss.
+    Places of -1 are no images: they count for nothing. Returns the state after the step, and the loss.
     """
-    config, spec = experiment.config, experiment.spec
-    batch = inputs.indices[places]
-    labels = inputs.labels[batch]
-    augment_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state.step))
-    x = augment.augment(augment_key, inputs.images[batch], places, config.data.crop_padding, config.data.flip)
-    x = augment.normalize(x, spec.mean, spec.std)
-    dropout_key = jax.random.fold_in(dropout_key, jax.lax.axis_index(devices.AXIS))
-    loss_of = functools.partial(
-        training_loss, batch_stats=state.batch_stats, x=x, labels=labels, key=dropout_key, experiment=experiment
-    )
-    (loss, (accuracy, batch_stats)), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
-    grads, loss, accuracy = jax.lax.pmean((grads, loss, accuracy), devices.AXIS)
+    config = experiment.config
+    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+    sums = functools.partial(gradients, state=state, inputs=inputs, key=key, experiment=experiment)
+    if experiment.pieces == 1:
+        grads, loss, accuracy, batch_stats = sums(places[0], 0)
+    else:
+        grads, loss, accuracy, batch_stats = sum_over_pieces(sums, (places, jnp.arange(len(places))))
+    grads, loss, accuracy = jax.lax.psum((grads, loss, accuracy), devices.AXIS)
     updates, opt_state = experiment.optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     bad = ~jnp.isfinite(loss + optax.tree.norm(grads) + optax.tree.norm(params))
@@ -68,27 +64,74 @@ def train_step(
     return state, loss
 
 
+def sum_over_pieces(of_piece: Callable[..., Any], pieces: Any) -> Any:
+    """Returns the sum of `of_piece(*piece)`, a tree, over the leading axis of `pieces`, one piece after another."""
+
+    def add(total, piece):
+        return jax.tree.map(jnp.add, total, of_piece(*piece)), None
+
+    first = jax.eval_shape(of_piece, *jax.tree.map(lambda a: a[0], pieces))
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), first)
+    return jax.lax.scan(add, zeros, pieces)[0]
+
+
+def gradients(
+    places: Int[Array, "share"],
+    piece: Int[Array, ""] | int,
+    *,
+    state: TrainState,
+    inputs: Inputs,
+    key: Key[Array, ""],
+    experiment: Experiment,
+) -> tuple[dict, Float[Array, ""], Float[Array, ""], dict]:
+    """Returns what the images at `places` add to the batch's gradients, loss and accuracy, and new batch statistics."""
+    config, spec = experiment.config, experiment.spec
+    counts = places >= 0
+    batch = inputs.indices[jnp.where(counts, places, 0)]
+    augment_key, dropout_key = jax.random.split(key)
+    x = augment.augment(augment_key, inputs.images[batch], places, config.data.crop_padding, config.data.flip)
+    x = augment.normalize(x, spec.mean, spec.std)
+    dropout_key = jax.random.fold_in(dropout_key, jax.lax.axis_index(devices.AXIS))
+    if experiment.pieces > 1:
+        dropout_key = jax.random.fold_in(dropout_key, piece)
+    loss_of = functools.partial(
+        training_loss,
+        batch_stats=state.batch_stats,
+        x=x,
+        labels=inputs.labels[batch],
+        counts=counts,
+        key=dropout_key,
+        experiment=experiment,
+    )
+    (loss, (accuracy, batch_stats)), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+    return grads, loss, accuracy, batch_stats
+
+
 def training_loss(
     params: dict,
     batch_stats: dict,
     x: Float[Array, "share height width channels"],
     labels: Int[Array, "share"],
-    key: Array,
+    counts: Bool[Array, "share"],
+    key: Key[Array, ""],
     experiment: Experiment,
 ) -> tuple[Float[Array, ""], tuple[Float[Array, ""], dict]]:
-    """Returns the mean loss of normalised images, and their accuracy with the new batch statistics."""
-    weight = experiment.config.condition_penalty
+    """Returns what the images that count add to the batch's mean loss and accuracy, and new batch statistics."""
+    weight, batch_size = experiment.config.condition_penalty, experiment.config.batch_size
     logits, new = experiment.model.apply(
         {"params": params, "batch_stats": batch_stats},
         x,
         train=True,
         mutable=["batch_stats", "losses"] if weight else ["batch_stats"],
         rngs={"dropout": key},
+        **({"counts": counts} if batch_stats else {}),
     )
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-    if weight:
-        loss += weight * jnp.concatenate(jax.tree.leaves(new["losses"])).mean()  # over the heads of all layers
-    accuracy = (logits.argmax(-1) == labels).mean()
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    loss = jnp.sum(losses, where=counts) / batch_size
+    if weight:  # over the heads of all layers; each piece of each device adds its part
+        penalty = jnp.concatenate(jax.tree.leaves(new["losses"])).mean()
+        loss += weight * penalty / (jax.lax.axis_size(devices.AXIS) * experiment.pieces)
+    accuracy = jnp.sum(logits.argmax(-1) == labels, where=counts) / batch_size
     return loss, (accuracy, new.get("batch_stats", {}))
 
 
@@ -98,9 +141,10 @@ def compile_train_step(experiment: Experiment) -> Callable[[TrainState, Inputs, 
 
 
 def eval_step(
-    variables: dict, inputs: Inputs, places: Int[Array, "share"], *, experiment: Experiment
+    variables: dict, inputs: Inputs, places: Int[Array, "1 share"], *, experiment: Experiment
 ) -> tuple[Float[Array, "global_batch"], Float[Array, "global_batch"]]:
     """Returns loss and correctness (0 or 1) of each image of the batch, in order; 0 beyond the last image."""
+    places = places[0]
     index = inputs.indices + places
     valid = index < len(inputs.labels)
     index = jnp.where(valid, index, 0)

@@ -15,13 +15,12 @@ from typing import Any
 import ml_collections
 from etils import epath
 
-from attn_cnn import schema
+from attn_cnn import paths, schema
 from attn_cnn.errors import UserError, first_line
 from attn_cnn.training.checkpoint import Checkpoints
 
 log = logging.getLogger("attn_cnn")
 
-SCHEMES = ("gs",)  # that TensorFlow, and so epath, reads without more packages
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
 
@@ -32,10 +31,7 @@ def open_workdir(path: epath.PathLike) -> epath.Path:
     Raises:
       UserError: it cannot be reached, or is of a kind that holds no checkpoints.
     """
-    scheme, separator, _ = os.fspath(path).partition("://")
-    if separator and scheme not in SCHEMES:
-        raise UserError(f"the workdir {path} must be a local path, or one of {', '.join(s + '://' for s in SCHEMES)}.")
-    path = epath.Path(path)
+    path = paths.resolve(path, "the workdir")
     try:
         path.exists()
     except Exception as error:  # each file system has errors of its own

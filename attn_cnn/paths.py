@@ -1,0 +1,45 @@
+"""Paths as people, sweeps and schedulers write them, and the folder for what can be made again."""
+
+import os
+import re
+import tempfile
+
+from etils import epath
+
+from attn_cnn.errors import UserError
+
+SCHEMES = ("gs",)  # that TensorFlow, and so epath, reads without more packages
+
+
+def resolve(path: epath.PathLike, what: str) -> epath.Path:
+    """Returns `path` with ~ expanded; `what` names it in messages, as in "the workdir".
+
+    Raises:
+      UserError: it is empty, its home is unknown, or it is of a kind that cannot be read.
+    """
+    text = os.fspath(path)
+    if not text.strip():
+        raise UserError(f"{what} is empty; give a path.")
+    if "\0" in text:
+        raise UserError(f"{what} {text!r} holds a null character; give another path.")
+    if scheme := re.match(r"(\w{2,}):/(?!/)", text):
+        raise UserError(f"{what} is {text}, with one slash; write {scheme[1]}://{text[scheme.end() :]}.")
+    scheme, separator, _ = text.partition("://")
+    if separator and scheme not in SCHEMES:
+        raise UserError(f"{what} {text} must be a local path, or one of {', '.join(s + '://' for s in SCHEMES)}.")
+    try:
+        expanded = os.fspath(epath.Path(text).expanduser())
+    except RuntimeError:
+        expanded = text
+    if expanded.startswith("~"):
+        raise UserError(f"{what} is {text}, but there is no such home; set HOME, or write the path whole.")
+    return epath.Path(expanded)
+
+
+def cache_folder() -> epath.Path:
+    """Returns the user's cache folder for this project: decoded data, compiled programs."""
+    try:
+        root = epath.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    except RuntimeError:  # as in a container without a home
+        root = epath.Path(tempfile.gettempdir())
+    return root / "attn_cnn"
