@@ -11,7 +11,7 @@ import ml_collections
 from etils import epath
 
 from attn_cnn.errors import Stopped, UserError
-from attn_cnn.training import data, devices
+from attn_cnn.training import cluster, data, devices
 from attn_cnn.training import workdir as workdir_lib
 from attn_cnn.training.checkpoint import Checkpoints
 from attn_cnn.training.experiment import (
@@ -44,6 +44,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, profile: b
       Stopped: Ctrl-C or SIGTERM came to this host or to another; a checkpoint of that very step is written.
     """
     experiment, workdir = create_experiment(config), workdir_lib.open_workdir(workdir)
+    cluster.tell()
     dataset = load_data(experiment)
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.default_matmul_precision(experiment.config.matmul_precision))
@@ -96,13 +97,20 @@ def load_data(experiment: Experiment) -> data.Dataset:
 
 
 def claim(workdir: epath.Path, experiment: Experiment, stack: contextlib.ExitStack) -> None:
-    """Holds `workdir` until `stack` closes; raises UserError if it is another's, or holds a run of another config."""
+    """Holds `workdir` until `stack` closes, with the config as it is now.
+
+    Raises:
+      UserError: the workdir is another process's, or holds a run of another config.
+    """
     workdir_lib.claim(workdir, experiment.config, stack)
-    if lines := workdir_lib.differences(experiment.config, load_config(workdir)):
+    theirs = load_config(workdir)
+    if lines := workdir_lib.differences(experiment.config, theirs):
         raise UserError(
             f"{workdir} holds a run with another config; set another --workdir, or the fields as they were:\n  "
             + "\n  ".join(lines)
         )
+    if experiment.config.to_dict() != theirs.to_dict():
+        workdir_lib.update(workdir, experiment.config, stack)
 
 
 def check_hosts(experiment: Experiment, workdir: epath.Path) -> None:

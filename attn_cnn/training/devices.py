@@ -24,7 +24,6 @@ Result = TypeVar("Result")
 log = logging.getLogger("attn_cnn")
 
 AXIS = "devices"
-HEARTBEAT_SECONDS = 60  # after which a host that fell silent ends the run on all others
 
 
 def mapped(step: Callable[[Any, Any, Any], Any], donate: bool = False) -> Callable[[Any, Any, Any], Any]:
@@ -60,28 +59,6 @@ def shares(batch_size: int, pieces: int = 1) -> Int[Array, "devices pieces share
     places[:batch_size] = np.arange(batch_size)
     places = places.reshape(jax.process_count(), jax.local_device_count(), pieces, share)
     return distribute(places[jax.process_index()])
-
-
-def initialize(coordinator_address: str | None, num_processes: int | None, process_id: int | None):
-    """Joins the other hosts: those named, else those of a cluster that JAX can find, else none.
-
-    Raises:
-      UserError: the flags are incomplete, or the hosts do not find each other.
-    """
-    given = (coordinator_address, num_processes, process_id)
-    alone = all(flag is None for flag in given)
-    if not alone and any(flag is None for flag in given):
-        raise UserError("several hosts need all of --coordinator_address, --num_processes and --process_id.")
-    try:
-        jax.distributed.initialize(*given, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
-    except ValueError as error:
-        no_cluster = "coordinator_address should be defined" in str(error)
-        if not (alone and no_cluster):
-            raise UserError(f"these hosts cannot form a cluster: {error}") from None
-    except RuntimeError as error:
-        raise UserError(f"the hosts do not find each other: {error}") from None
-    if jax.process_index() > 0:  # all hosts do the same: one of them tells
-        log.setLevel(logging.WARNING)
 
 
 def on_every_host(work: Callable[[], Result]) -> Result:

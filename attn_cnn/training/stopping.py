@@ -1,4 +1,4 @@
-"""Who decides to stop: Ctrl-C or SIGTERM to any host stops all hosts at the same step, which is saved first."""
+"""Who decides to stop: a signal to any host stops all hosts at the same step, which is saved first."""
 
 import logging
 import signal
@@ -14,10 +14,16 @@ from attn_cnn.training import devices
 log = logging.getLogger("attn_cnn")
 
 
-class Interrupt:
-    """Listens for signals while entered: the first Ctrl-C or SIGTERM sets `signal`, a second one ends the process.
+# Ctrl-C, the end of a session, and what batch systems send before they kill.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
-    Python takes signals on the main thread only: entered on another, it leaves them alone.
+
+class Interrupt:
+    """Listens for signals while entered: the first sets `signal`, a second one stops at once.
+
+    A second Ctrl-C raises KeyboardInterrupt, which a notebook survives; a second other signal ends the process. Python
+    takes signals on the main thread only: entered on another, it leaves them alone. Signals that are ignored, as SIGHUP
+    under nohup, stay so.
     """
 
     def __init__(self):
@@ -26,8 +32,9 @@ class Interrupt:
 
     def __enter__(self):
         on_main_thread = threading.current_thread() is threading.main_thread()
-        for number in (signal.SIGINT, signal.SIGTERM) if on_main_thread else ():
-            self._former[number] = signal.signal(number, self._receive)
+        for number in SIGNALS if on_main_thread else ():
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._former[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *_):
@@ -37,7 +44,7 @@ class Interrupt:
     def _receive(self, number, _):
         self.signal = number
         for former in self._former:
-            signal.signal(former, signal.SIG_DFL)
+            signal.signal(former, signal.default_int_handler if former == signal.SIGINT else signal.SIG_DFL)
         log.info("%s: saving, then stopping.", signal.Signals(number).name)
 
 

@@ -24,6 +24,11 @@ log = logging.getLogger("attn_cnn")
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
 
+# Fields that cannot change the results of a run, and so may differ when it resumes.
+HARMLESS = frozenset(
+    {"data.dir", "checkpoint.keep", "checkpoint.every_epochs", "log_every_steps", "eval_batch_size", "micro_batch_size"}
+)
+
 
 def open_workdir(path: epath.PathLike) -> epath.Path:
     """Returns the path of a workdir.
@@ -75,6 +80,21 @@ def _locked(path: epath.Path) -> Iterator[None]:
         yield
 
 
+def update(workdir: epath.Path, config: ml_collections.ConfigDict, stack: contextlib.ExitStack) -> None:
+    """Replaces the config of a workdir that is held; the new file is held until `stack` closes."""
+    path = workdir / CONFIG
+    temporary = path.with_name(f"{CONFIG}.{uuid.uuid4().hex}")
+    temporary.write_text(as_json(config))
+    if os.path.isfile(temporary):
+        stack.enter_context(_locked(temporary))  # before it has the name, or a rival could hold it first
+    temporary.replace(path)
+
+
+def as_json(config: ml_collections.ConfigDict) -> str:
+    """Returns the text of config.json."""
+    return json.dumps(config.to_dict(), indent=2) + "\n"
+
+
 def create(
     workdir: epath.Path, config: ml_collections.ConfigDict, state: Any, metrics: dict[str, float] | None = None
 ) -> None:
@@ -93,7 +113,7 @@ def create(
 
 def write_config(config: ml_collections.ConfigDict, path: epath.Path) -> None:
     """Writes the config as JSON, whole or not at all, unless another process was first."""
-    text = json.dumps(config.to_dict(), indent=2) + "\n"
+    text = as_json(config)
     if not os.path.isdir(path.parent):  # an object store, which writes files whole
         path.write_text(text)
         return
@@ -134,8 +154,8 @@ def differences(
 ) -> list[str]:
     """Returns the fields (beginning with one of `only`) in which two configs differ, as lines to read.
 
-    Where the data lies is no difference.
+    Fields that cannot change the results are no difference.
     """
     a, b = schema.flatten(ours), schema.flatten(theirs)
-    names = sorted(n for n in (set(a) | set(b)) - {"data.dir"} if n.startswith(only))
+    names = sorted(n for n in (set(a) | set(b)) - HARMLESS if n.startswith(only))
     return [f"{n}: {b.get(n)!r} then, {a.get(n)!r} now" for n in names if a.get(n) != b.get(n)]
