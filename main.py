@@ -1,4 +1,4 @@
-"""Trains, evaluates or describes a model: python main.py --config=configs/quadratic.py:digits"""
+"""Trains, evaluates or describes a model, or tries it: python main.py --config=configs/quadratic.py:digits"""
 
 from absl import flags
 
@@ -7,29 +7,37 @@ from attn_cnn import cli
 FLAGS = flags.FLAGS
 flags.DEFINE_string("workdir", None, "Where the run lives. Default: runs/<config name>[_<scale>].")
 flags.DEFINE_string("coordinator_address", None, "host:port of process 0, where JAX finds no cluster by itself.")
-flags.DEFINE_integer(
-    "num_processes", None, "How many processes take part, where JAX finds no cluster by itself; 1: just this."
-)
+flags.DEFINE_integer("num_processes", None, "How many processes take part, where JAX does not know; 1: this one alone.")
 flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 flags.DEFINE_boolean("profile", False, "Write a trace of a few training steps to <workdir>/profile.")
-flags.DEFINE_enum("mode", "train", ["train", "evaluate", "describe"], "What to do.")
+flags.DEFINE_enum("mode", "train", ["train", "evaluate", "describe", "predict"], "What to do.")
+flags.DEFINE_list("images", [], "Pictures for --mode=predict, or patterns as in pictures/*.png.")
+cli.define_step()
+
+GOES_WITH = {"profile": ("train",), "images": ("predict",), "step": ("evaluate", "predict")}
 
 
-@flags.multi_flags_validator(["mode", "profile"], message="--profile traces training; it goes with --mode=train alone.")
-def profile_goes_with_training(values):
-    return values["mode"] == "train" or not values["profile"]
+@flags.multi_flags_validator(["mode", *GOES_WITH], message="")
+def modes_take_their_flags(values):
+    for name, modes in GOES_WITH.items():
+        if values[name] != FLAGS[name].default and values["mode"] not in modes:
+            raise flags.ValidationError(f"--{name} goes with --mode={' or --mode='.join(modes)} alone.")
+    return True
 
 
 def main(_):
-    from attn_cnn import report, train  # not needed to find a mistake in the flags
-    from attn_cnn.training import cluster
+    from attn_cnn import predict, report, train  # not needed to find a mistake in the flags
+    from attn_cnn.training import cluster, experiment
 
     cluster.initialize(FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id)
     workdir = cli.default_workdir() if FLAGS.workdir is None else FLAGS.workdir
     if FLAGS.mode == "train":
         train.train(FLAGS.config, workdir, FLAGS.profile)
     elif FLAGS.mode == "evaluate":
-        train.evaluate(FLAGS.config, workdir)
+        train.evaluate(FLAGS.config, workdir, cli.step())
+    elif FLAGS.mode == "predict":
+        files = predict.find_pictures(FLAGS.images)
+        print(predict.describe(experiment.load_run(workdir, cli.step()), files))
     else:
         print(report.describe(FLAGS.config.model))
 

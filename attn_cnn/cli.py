@@ -22,17 +22,19 @@ from attn_cnn.errors import Stopped, UserError
 from attn_cnn.training import experiment
 
 
-def run(main: Callable, arguments: tuple[str, ...] = ()) -> None:
-    """Runs `main` as absl's app.run does, with the flag --config, checked, in FLAGS.config.
+def run(main: Callable, arguments: tuple[str, ...] = (), config: bool = True) -> None:
+    """Runs `main` as absl's app.run does, with a checked config in FLAGS.config.
 
     A UserError is printed alone and exits with 1, a run that a signal stopped with 128 + its number.
 
     Args:
       main: is given the command line without its flags.
       arguments: names of what must stand there beside the flags, as in ("CHECKPOINT",).
+      config: whether the command takes --config.
     """
-    config_flags.DEFINE_config_file("config", None, "A file of configs/, with a scale after a colon.")
-    flags.mark_flag_as_required("config")
+    if config:
+        config_flags.DEFINE_config_file("config", None, "A file of configs/, with a scale after a colon.")
+        flags.mark_flag_as_required("config")
     try:
         app.run(main, flags_parser=functools.partial(_parse, arguments=arguments))
     except UserError as error:
@@ -64,6 +66,21 @@ def workdir_for(config_argument: str) -> str:
     return "runs/" + "_".join(filter(None, (epath.Path(path).stem, scale)))
 
 
+def define_step() -> None:
+    """Defines the flag --step, of commands that read a run."""
+    flags.DEFINE_string("step", "newest", 'Which checkpoint: "newest", "best" by test accuracy, or a step.')
+
+
+def step() -> int | str:
+    """Returns what --step was given, as `load_run` takes it; raises UserError where that is no step."""
+    value = flags.FLAGS.step
+    if value in ("newest", "best"):
+        return value
+    if not value.isdigit():
+        raise UserError(f"--step is {value!r}; it must be newest, best, or the step of a checkpoint.")
+    return int(value)
+
+
 def _parse(argv: list[str], arguments: tuple[str, ...]) -> list[str]:
     for argument, following in itertools.pairwise([*argv, ""]):
         if named := re.match(r"--?config\.([^=]+)", argument):
@@ -80,7 +97,8 @@ def _parse(argv: list[str], arguments: tuple[str, ...]) -> list[str]:
             + (f"; configs whose config.model.name is {' or '.join(models)} have it." if models else ".")
         ) from None
     _check_arguments(argv, rest[1:], arguments)
-    experiment.checked(flags.FLAGS.config)
+    if "config" in flags.FLAGS:
+        experiment.checked(flags.FLAGS.config)
     _configure_log()
     _silence_orbax()
     _configure_compilation_cache()
@@ -90,7 +108,7 @@ def _parse(argv: list[str], arguments: tuple[str, ...]) -> list[str]:
 def _check_arguments(argv: list[str], given: list[str], wanted: tuple[str, ...]) -> None:
     """Raises UserError unless just `wanted` was given beside the flags; absl hands on what it does not understand."""
     if len(given) < len(wanted):
-        raise UserError(f"{wanted[len(given)]} is missing: python -m ... {' '.join(wanted)} --config=...")
+        raise UserError(f"{wanted[len(given)]} is missing; the command takes {' and '.join(wanted)} beside its flags.")
     for word in given[len(wanted) :]:
         before, name = argv[argv.index(word) - 1], word.partition("=")[0]
         if before.startswith("--") and "=" not in before:

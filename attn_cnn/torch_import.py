@@ -2,13 +2,15 @@
 
     python -m attn_cnn.torch_import CHECKPOINT --config=configs/quadratic.py --workdir=runs/imported
 
-CHECKPOINT is what the code saves, {"epoch", "test_accuracy", "model_state_dict"}, or an .npz of the state dict. The
-workdir then evaluates, and resumes from that epoch with a fresh optimizer.
+CHECKPOINT is what training scripts save (a state dict, or a dict around one as {"epoch", "test_accuracy",
+"model_state_dict"} or {"net", "acc", "epoch"}), a .safetensors file, or an .npz of the state dict. The workdir then
+evaluates, and resumes from that epoch with a fresh optimizer.
 
 PyTorch's Linear weights are (out, in), heads first on the axis that holds them; convolutions are (out, in, H, W).
 """
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,18 +18,22 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import safetensors.flax
 from absl import flags
 from etils import epath
 from flax import traverse_util
 
 from attn_cnn import cli, paths
-from attn_cnn.encodings import encoding_class
+from attn_cnn.encodings import ENCODINGS, encoding_class
 from attn_cnn.errors import UserError, first_line
 from attn_cnn.model import abstract_variables, checked_model
 from attn_cnn.training import workdir as workdir_lib
 from attn_cnn.training.experiment import create_experiment, state_of
 
 IGNORED = (".relative_indices", ".num_batches_tracked")  # buffers that hold no parameters
+WRAPPERS = ("model_state_dict", "state_dict", "net", "model")
+PREFIXES = ("module.", "_orig_mod.")
+VALUE_NAMES = {"value.weight", "value.bias"}
 
 _ATTENTION_LAYER = {
     "attention_output": "attention.output.dense",
@@ -60,9 +66,9 @@ def import_variables(state_dict: Mapping[str, Any], model: ml_collections.Config
         if missing := [name for name in names if name not in state_dict]:
             problems += [f"missing: {name}" for name in missing]
             continue
-        arrays = [np.asarray(state_dict[name]) for name in names]
+        arrays = [_as_array(state_dict[name]) for name in names]
         bias = wanted.get((*path[:-1], "bias"))
-        shape = _torch_shape(path[-1], leaf.shape, bias.ndim if bias is not None else 1)
+        shape = torch_shape(path[-1], leaf.shape, bias.ndim if bias is not None else 1)
         misfits = [_misfit(*named, shape) for named in zip(names, arrays, strict=True)]
         if any(misfits):
             problems += filter(None, misfits)
@@ -76,8 +82,30 @@ def import_variables(state_dict: Mapping[str, Any], model: ml_collections.Config
     left_over = [n for n in state_dict if n not in used and not n.endswith(IGNORED)]
     problems += [f"left over: {name}" for name in left_over]
     if problems:
-        raise UserError("the state dict does not fit the config:\n  " + "\n  ".join(problems))
+        raise UserError(
+            f"the state dict does not fit the config{_cause(state_dict, model)}:\n  " + "\n  ".join(problems)
+        )
     return {"batch_stats": {}} | traverse_util.unflatten_dict(variables)
+
+
+def _cause(state_dict: Mapping[str, Any], model: ml_collections.ConfigDict) -> str:
+    """Returns the one thing that probably keeps a state dict from fitting, as the end of a sentence, or nothing."""
+    names = set(map(str, state_dict))
+    if "linear.weight" in names and model.name != "resnet18":
+        return "; it is a ResNet's: give --config=configs/resnet18.py"
+    if "classifier.weight" in names and model.name == "resnet18":
+        return "; it is no ResNet's: give the config of its encoding"
+    layers = {int(found[1]) for name in names if (found := re.match(r"encoder\.layer\.(\d+)\.", name))}
+    if not layers or model.name == "resnet18":
+        return ""
+    prefix = "encoder.layer.0.attention.self."
+    own = {name.removeprefix(prefix) for name in names if name.startswith(prefix) and not name.endswith(IGNORED)}
+    fitting = [e.name for e in ENCODINGS.values() if set(e.torch_names.values()) | VALUE_NAMES == own]
+    if fitting and model.encoding not in fitting:
+        return f"; its encoding is {' or '.join(fitting)}: give --config=configs/{fitting[0]}.py"
+    if len(layers) != model.layers:
+        return f"; it has {len(layers)} layers: set config.model.layers"
+    return ""
 
 
 def _misfit(name: str, array: np.ndarray, shape: tuple[int, ...]) -> str | None:
@@ -132,7 +160,7 @@ def _torch_resnet_name(path: tuple[str, ...]) -> str:
     return ".".join([*words, _LEAF[leaf]])
 
 
-def _torch_shape(leaf: str, shape: tuple[int, ...], feature_axes: int) -> tuple[int, ...]:
+def torch_shape(leaf: str, shape: tuple[int, ...], feature_axes: int) -> tuple[int, ...]:
     if leaf != "kernel":
         return shape if leaf != "bias" else (int(np.prod(shape)),)
     if len(shape) == 4:
@@ -140,6 +168,15 @@ def _torch_shape(leaf: str, shape: tuple[int, ...], feature_axes: int) -> tuple[
         return (outputs, inputs, height, width)
     split = len(shape) - feature_axes
     return (int(np.prod(shape[split:])), int(np.prod(shape[:split])))
+
+
+def to_torch(leaf: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Returns one of our parameters in PyTorch's layout, whose `shape` it has there."""
+    if leaf != "kernel":
+        return array.reshape(shape)
+    if array.ndim == 4 and len(shape) == 4:
+        return array.transpose(3, 2, 0, 1)
+    return array.reshape(shape[::-1]).T
 
 
 def _ours(leaf: str, array: np.ndarray, shape: tuple[int, ...]) -> jax.Array:
@@ -151,37 +188,85 @@ def _ours(leaf: str, array: np.ndarray, shape: tuple[int, ...]) -> jax.Array:
 def read_checkpoint(path: epath.Path) -> tuple[dict[str, np.ndarray], int, float | None]:
     """Returns the state dict, the number of finished epochs and the test accuracy of a file; no code in it is run.
 
+    The state dict may stand alone or in what training scripts save around it, under one of `WRAPPERS`; names may begin
+    with `module.` or `_orig_mod.`, which PyTorch's wrappers of models add; numbers may have half precision.
+
     Raises:
       UserError: the file is missing or is no such checkpoint, or PyTorch is needed and absent.
     """
     if not path.exists():
         raise UserError(f"{path} does not exist.")
-    if path.suffix == ".npz":
-        try:
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-                return dict(arrays), 0, None
-        except Exception as error:  # NumPy raises whatever the file led to
-            raise UserError(f"{path} is no .npz of plain arrays: {first_line(error)}") from None
+    readers = {".npz": _read_npz, ".safetensors": _read_safetensors}
+    content = readers.get(path.suffix, _read_pickle)(path)
+    wrapper = next((name for name in WRAPPERS if isinstance(content.get(name), dict)), None)
+    state_dict = _without_prefixes(content[wrapper] if wrapper else content)
+    try:
+        state_dict = {name: _as_array(value) for name, value in state_dict.items()}
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} holds more than the tensors of a state dict: {first_line(error)}") from None
+    return state_dict, *_progress(path, content if wrapper else {})
+
+
+def _progress(path: epath.Path, content: Mapping[str, Any]) -> tuple[int, float | None]:
+    """Returns the number of finished epochs and the test accuracy that stand beside a state dict."""
+    try:
+        epochs = int(content["epoch"]) + 1 if "epoch" in content else 0
+        accuracy = float(content["acc"]) / 100 if "acc" in content else content.get("test_accuracy")
+        accuracy = None if accuracy is None else float(accuracy)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path} has an epoch or accuracy that is no number: {first_line(error)}") from None
+    if epochs < 0 or not (accuracy is None or 0 <= accuracy <= 1):
+        raise UserError(f"{path} has epoch {epochs - 1} and test accuracy {accuracy}, which cannot be.")
+    return epochs, accuracy
+
+
+def _read_npz(path: epath.Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except Exception as error:  # NumPy raises whatever the file led to
+        raise UserError(f"{path} is no .npz of plain arrays: {first_line(error)}") from None
+
+
+def _read_safetensors(path: epath.Path) -> dict[str, Any]:
+    try:
+        return safetensors.flax.load(path.read_bytes())
+    except Exception as error:  # of the file, each with types of its own
+        raise UserError(f"{path} is no .safetensors file: {first_line(error)}") from None
+
+
+def _read_pickle(path: epath.Path) -> dict[str, Any]:
     try:
         import torch
     except ImportError:
         raise UserError(
-            f"reading {path} needs PyTorch: pip install torch, or pass an .npz of the state dict."
+            f"reading {path} needs PyTorch: pip install torch, or pass an .npz or .safetensors of the state dict."
         ) from None
     try:
         content = torch.load(os.fspath(path), map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling raises whatever the file led to
         raise UserError(f"{path} is no checkpoint that can be loaded safely: {first_line(error)}") from None
-    if not isinstance(content, dict) or "model_state_dict" not in content:
-        raise UserError(f'{path} holds no "model_state_dict".')
-    try:
-        state_dict = {str(name): value.numpy() for name, value in content["model_state_dict"].items()}
-        epoch, accuracy = int(content["epoch"]), float(content["test_accuracy"])
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} is no checkpoint of the paper's code: {error!r}") from None
-    if epoch < 0 or not 0 <= accuracy <= 1:
-        raise UserError(f"{path} is no checkpoint of the paper's code: epoch {epoch}, test accuracy {accuracy}.")
-    return state_dict, epoch + 1, accuracy
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__} instead of a state dict.")
+    return content
+
+
+def _without_prefixes(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the state dict without what PyTorch's wrappers of models put before every name."""
+    state_dict = {str(name): value for name, value in state_dict.items()}
+    for prefix in PREFIXES * 2:
+        if state_dict and all(name.startswith(prefix) for name in state_dict):
+            state_dict = {name.removeprefix(prefix): value for name, value in state_dict.items()}
+    return state_dict
+
+
+def _as_array(value: Any) -> np.ndarray:
+    """Returns a tensor of PyTorch, or an array, as an array; of half precision in float32."""
+    if hasattr(value, "detach"):  # of PyTorch, which may be absent
+        value = value.detach()
+        value = (value.float() if value.is_floating_point() else value).numpy()
+    array = np.asarray(value)
+    return array.astype(np.float32) if jnp.issubdtype(array.dtype, jnp.floating) else array
 
 
 def import_checkpoint(path: epath.Path, config: ml_collections.ConfigDict, workdir: epath.Path) -> int:

@@ -122,8 +122,10 @@ def check_hosts(experiment: Experiment, workdir: epath.Path) -> None:
         raise UserError(f"not all hosts see {workdir}, where the first wrote; set --workdir to what all of them reach.")
 
 
-def evaluate(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict[str, float]:
-    """Returns loss and accuracy of the newest checkpoint in `workdir` on the test set.
+def evaluate(
+    config: ml_collections.ConfigDict, workdir: epath.PathLike, step: int | str = "newest"
+) -> dict[str, float]:
+    """Returns loss and accuracy of a checkpoint in `workdir` ("newest", "best" or a step) on the test set.
 
     Raises:
       UserError: there is no checkpoint, or it is of another config.
@@ -134,7 +136,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict
     matters = ("model.", "data.", "dtype", "matmul", "optimizer.name")
     if lines := workdir_lib.differences(experiment.config, load_config(workdir), only=matters):
         raise UserError(f"{workdir} holds a run of another model; its config differs:\n  " + "\n  ".join(lines))
-    step, state = restore(experiment, workdir)
+    step, state = restore(experiment, workdir, step)
     dataset = load_data(experiment)
     test_set = devices.replicate((dataset.test_images, dataset.test_labels))
     with Interrupt() as interrupt, jax.default_matmul_precision(experiment.config.matmul_precision):

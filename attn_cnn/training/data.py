@@ -43,8 +43,19 @@ class Spec:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     train_size: int
+    names: tuple[str, ...]
     url: str = ""
 
+
+CIFAR100_NAMES = """
+apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle
+caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant flatfish
+forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle
+mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine
+possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar
+sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle wardrobe whale
+willow_tree wolf woman worm
+"""
 
 SPECS = {
     "cifar10": Spec(
@@ -53,6 +64,7 @@ SPECS = {
         (0.4914, 0.4822, 0.4465),
         (0.2023, 0.1994, 0.2010),
         50_000,
+        ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
         "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
     ),
     "cifar100": Spec(
@@ -61,9 +73,10 @@ SPECS = {
         (0.5071, 0.4865, 0.4409),
         (0.2673, 0.2564, 0.2762),
         50_000,
+        tuple(CIFAR100_NAMES.split()),
         "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
     ),
-    "digits": Spec((8, 8, 1), 10, (0.3054,), (0.3760,), 1_437),
+    "digits": Spec((8, 8, 1), 10, (0.3054,), (0.3760,), 1_437, tuple("0123456789")),
 }
 
 

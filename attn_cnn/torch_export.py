@@ -1,0 +1,87 @@
+"""Parameters of a run into the paper's PyTorch names, so that its code can load them.
+
+    python -m attn_cnn.torch_export --workdir=RUN OUT.pt
+
+OUT is a .pt file like those that the paper's code saves, {"epoch", "model_state_dict"}, or the state dict alone as
+.safetensors or .npz. Importing what was exported gives the same parameters.
+"""
+
+import os
+from typing import Any
+
+import ml_collections
+import numpy as np
+import safetensors.numpy
+from absl import flags
+from etils import epath
+from flax import traverse_util
+
+from attn_cnn import cli, paths
+from attn_cnn.errors import UserError, first_line
+from attn_cnn.torch_import import to_torch, torch_names, torch_shape
+from attn_cnn.training.experiment import Run, create_experiment, load_run
+
+SUFFIXES = (".pt", ".safetensors", ".npz")
+
+
+def export_variables(variables: dict[str, Any], model: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
+    """Returns {"params", "batch_stats"} as a state dict under the paper's PyTorch names.
+
+    Raises:
+      UserError: the paper's code has no such parameters.
+    """
+    flat, state_dict = traverse_util.flatten_dict(variables), {}
+    for path, leaf in flat.items():
+        bias = flat.get((*path[:-1], "bias"))
+        shape = torch_shape(path[-1], leaf.shape, bias.ndim if bias is not None else 1)
+        array = np.ascontiguousarray(to_torch(path[-1], np.asarray(leaf), shape))
+        for name in torch_names(path[1:], model):
+            state_dict[name] = array
+    return state_dict
+
+
+def export_run(run: Run, path: epath.Path) -> None:
+    """Writes the parameters of `run` to `path`, in the format of its ending.
+
+    Raises:
+      UserError: the ending is unknown, PyTorch is needed and absent, or the file cannot be written.
+    """
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"{path} must end in one of {', '.join(SUFFIXES)}.")
+    state_dict = export_variables({"params": run.params, "batch_stats": run.batch_stats}, run.config.model)
+    try:
+        if path.suffix == ".pt":
+            _write_pickle(run, state_dict, path)
+        elif path.suffix == ".npz":
+            with path.open("wb") as file:
+                np.savez(file, **state_dict)
+        else:
+            path.write_bytes(safetensors.numpy.save(state_dict))
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {first_line(error)}") from None
+
+
+def _write_pickle(run: Run, state_dict: dict[str, np.ndarray], path: epath.Path) -> None:
+    try:
+        import torch
+    except ImportError:
+        raise UserError(
+            f"writing {path} needs PyTorch: pip install torch, or name a file that ends in .npz or .safetensors."
+        ) from None
+    content = {"model_state_dict": {name: torch.tensor(array) for name, array in state_dict.items()}}
+    epochs = run.step // create_experiment(run.config).steps_per_epoch
+    torch.save(content | {"epoch": epochs - 1}, os.fspath(path))
+
+
+def main(argv):
+    path = paths.resolve(argv[1], "OUT")
+    run = load_run(flags.FLAGS.workdir, cli.step())
+    export_run(run, path)
+    print(f"{path} now holds step {run.step} of {flags.FLAGS.workdir}.")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "The run's workdir.")
+    flags.mark_flag_as_required("workdir")
+    cli.define_step()
+    cli.run(main, arguments=("OUT",), config=False)
