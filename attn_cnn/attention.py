@@ -126,12 +126,14 @@ class SelfAttention(nn.Module):
           train: whether to drop probabilities, with the random stream "dropout".
 
         Raises:
-          UserError: there is no such encoding, or it has no factors where they are asked for.
+          UserError: there is no such encoding, it has no factors where they are asked for, or the grid is larger than
+            learned tables cover.
         """
         batch, height, width, features = x.shape
         x = x.astype(self.dtype)
         encoding_type = encoding_class(self.encoding)
         check_form(encoding_type, self.mixing, self.dropout, self.dropout_on)
+        encoding_type.check_grid(height, width, self.max_side)
         if not self.heads:
             return self._bias_alone(x, then)
 

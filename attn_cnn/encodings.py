@@ -97,6 +97,10 @@ class Encoding(struct.PyTreeNode):
                 )
 
     @classmethod
+    def check_grid(cls, height: int, width: int, max_side: int) -> None:
+        """Raises UserError if the encoding has no scores for some shifts of a grid."""
+
+    @classmethod
     def tables(cls, module: nn.Module, max_side: int, embedding_size: int, features: int) -> Any:
         """Declares in `module` what all layers of a model may share."""
         raise NotImplementedError(f"the {cls.name} encoding shares nothing")
@@ -318,6 +322,21 @@ class Tables(NamedTuple):
     column: Float[Array, "shifts width"]
 
 
+def resize_tables(params: dict, max_side: int) -> dict:
+    """Returns the parameters of a model or layer with tables for grids of side `max_side`, to fine-tune at that size.
+
+    The new tables are linear between the old ones' shifts, which are stretched so that the furthest stay the furthest.
+    """
+
+    def resized(path, table):
+        if path[-1].key not in ("row_embeddings", "column_embeddings"):
+            return table
+        at = jnp.linspace(0, len(table) - 1, 2 * max_side - 1)
+        return jax.vmap(lambda column: jnp.interp(at, jnp.arange(len(table)), column), 1, 1)(table)
+
+    return jax.tree_util.tree_map_with_path(resized, params)
+
+
 class LearnedEncoding(Encoding):
     """What the learned encodings share: two tables of embeddings, N(0, 1), of their own or of the whole model."""
 
@@ -337,6 +356,15 @@ class LearnedEncoding(Encoding):
             raise UserError(
                 f"config.model.max_side is {model.max_side}, but patches of {model.patch} make a grid of side {side}; "
                 f"set max_side to {side} or more."
+            )
+
+    @classmethod
+    def check_grid(cls, height: int, width: int, max_side: int) -> None:
+        """Raises UserError if the grid is larger than the tables: indices beyond them would give wrong numbers."""
+        if max(height, width) > max_side:
+            raise UserError(
+                f"the grid is {height}x{width}, but max_side is {max_side}, the side that the learned tables cover; set it "
+                f"to {max(height, width)}, and `encodings.resize_tables` makes trained tables fit."
             )
 
     @classmethod

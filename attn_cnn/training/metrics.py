@@ -1,9 +1,14 @@
-"""Metrics for TensorBoard, through clu, each step exactly once whatever happens to the process."""
+"""Metrics for TensorBoard, each step exactly once whatever happens to the process.
+
+clu writes them, through TensorFlow; where that is not installed, as in many images for accelerators, TensorBoard's own
+writer does.
+"""
 
 import io
 import logging
 import os
 import struct
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -11,7 +16,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from attn_cnn.errors import UserError
+from attn_cnn.errors import UserError, first_line
 from attn_cnn.training import quiet_tensorflow
 
 log = logging.getLogger("attn_cnn")
@@ -45,8 +50,8 @@ class Writer:
         try:
             for future in pending:
                 future.result()
-        except (OSError, quiet_tensorflow.load().errors.OpError) as error:
-            raise UserError(f"the metrics cannot be written: {error}") from None
+        except Exception as error:  # of the disk, or TensorFlow's, which has types of its own
+            raise UserError(f"the metrics cannot be written: {first_line(error)}") from None
 
     def __enter__(self):
         return self
@@ -63,9 +68,34 @@ class Writer:
         return self._pending[-1]
 
 
+class PlainWriter:
+    """Writes what clu's SummaryWriter writes, without TensorFlow, to local folders."""
+
+    def __init__(self, directory: epath.Path):
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        self._writer = EventFileWriter(os.fspath(directory))
+
+    def write_scalars(self, step: int, scalars: dict[str, float]) -> None:
+        """Starts to write."""
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()])
+        self._writer.add_event(Event(wall_time=time.time(), step=step, summary=summary))
+
+    def flush(self) -> None:
+        """Returns when everything is on disk."""
+        self._writer.flush()
+
+
 def _open(directory: epath.Path, step: int, evaluated: bool):
-    quiet_tensorflow.load()
     trim(directory, step, evaluated)
+    try:
+        quiet_tensorflow.load()
+    except ImportError:
+        log.info("TensorFlow is not installed; TensorBoard's own writer takes its place.")
+        return PlainWriter(directory)
     from clu import metric_writers
 
     return metric_writers.SummaryWriter(os.fspath(directory))
@@ -97,7 +127,9 @@ def read(directory: epath.Path) -> list[tuple[int, str, float]]:
     scalars = []
     for path in sorted(directory.glob("events.out.tfevents.*")):
         for event in _events(path):
-            scalars += [(event.step, v.tag, float(make_ndarray(v.tensor))) for v in event.summary.value]
+            for v in event.summary.value:
+                value = v.simple_value if v.HasField("simple_value") else make_ndarray(v.tensor)
+                scalars.append((event.step, v.tag, float(value)))
     return scalars
 
 
