@@ -363,7 +363,7 @@ class LearnedEncoding(Encoding):
         """Raises UserError if the grid is larger than the tables: indices beyond them would give wrong numbers."""
         if max(height, width) > max_side:
             raise UserError(
-                f"the grid is {height}x{width}, but max_side is {max_side}, the side that the learned tables cover; set it "
+                f"the grid is {height}x{width}, but learned tables cover a side of {max_side} (max_side); set it "
                 f"to {max(height, width)}, and `encodings.resize_tables` makes trained tables fit."
             )
 
