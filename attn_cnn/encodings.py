@@ -118,7 +118,7 @@ class Encoding(struct.PyTreeNode):
         columns: Shaped[Array, "*#shape"],
         x: Float[Array, "H W features"] | None = None,
     ) -> Float[Array, "heads *shape"]:
-        """Returns the scores of keys at shifts (`rows`, `columns`), two arrays that broadcast together.
+        """Returns the scores of keys at shifts (`rows`, `columns`), two arrays of as many axes that broadcast together.
 
         Encodings that need `x` take the shifts of its own grid, from `shifts`.
         """
@@ -161,17 +161,17 @@ def encoding_class(name: str) -> type[Encoding]:
 
 
 def centers_init(module: nn.Module) -> nn.initializers.Initializer:
-    """Returns N(0, 2^2), or for `init` "grid" the shifts of a convolution's window, one for each head."""
-    if module.init == "random":
+    """Returns N(0, 2^2), or for `start` "grid" the shifts of a convolution's window, one for each head."""
+    if module.start == "random":
         return nn.initializers.normal(CENTER_STD)
     return lambda key, shape, dtype=jnp.float32: jnp.asarray(window(math.isqrt(shape[0])), dtype)
 
 
 def spreads_init(module: nn.Module, unit: Float[Array, "*matrix"]) -> nn.initializers.Initializer:
-    """Returns `unit` + N(0, 0.01^2), or for `init` "grid" exactly `init_spread` times `unit`."""
+    """Returns `unit` + N(0, 0.01^2), or for `start` "grid" exactly `init_spread` times `unit`."""
 
     def init(key, shape, dtype=jnp.float32):
-        if module.init == "random":
+        if module.start == "random":
             return unit + SPREAD_STD * jax.random.normal(key, shape, dtype)
         return jnp.broadcast_to(jnp.asarray(module.init_spread * unit, dtype), shape)
 

@@ -45,7 +45,7 @@ def layer_sides(grid: int) -> dict[str, common.Side]:
     identity = LinearMap(jnp.eye(FEATURES), jnp.zeros(FEATURES))
     in_one_block, sides = layers(UNBOUNDED), {}
     for name, layer in layers(None).items():
-        _, params = layer.init_with_output(jax.random.key(0), x, identity)
+        params = layer.init(jax.random.key(0), x, identity)
         counted = gradients(in_one_block[name], identity)
         sides[name] = common.function_side(gradients(layer, identity), params, x, images=BATCH.value, counted=counted)
     return sides

@@ -1,4 +1,4 @@
-"""main.py as a user runs it, on a model small enough to test with."""
+"""Runs main.py as a user does, on a model small enough to test with."""
 
 import os
 import subprocess
