@@ -1,6 +1,7 @@
 """An encoding of one's own is one class: it factors, is mapped and counted, and takes the options of those built in."""
 
 import functools
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,12 @@ import reference
 from golden import Golden, assert_close, small_model
 from jaxtyping import Array
 
-from attn_cnn import mixing
+import attn_cnn
+from attn_cnn import mixing, train
 from attn_cnn.attention import attention_maps
 from attn_cnn.encodings import ENCODINGS, CenteredEncoding, centers_init, encoding_class, spreads_init
 from attn_cnn.model import abstract_variables, create_model
+from configs import quadratic
 
 
 class Manhattan(CenteredEncoding, name="manhattan"):
@@ -107,4 +110,15 @@ def test_none_of_its_heads_is_pruned_or_drawn_as_a_gaussian():
     assert heads.gaussians() is None
 
 
-# --- Trained, saved, resumed: the way everybody does ------------------------------------------------------------------
+@pytest.mark.slow
+def test_it_trains_is_saved_resumes_and_is_opened_again(tmp_path):
+    config = quadratic.get_config("digits")
+    config.epochs, config.checkpoint.every_epochs = 2, 1
+    config.model.update(encoding="manhattan", layers=1, hidden_size=16, mlp_size=16)
+    state = train.train(config, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "28")
+    resumed = train.train(config, tmp_path / "run")
+    jax.tree.map(np.testing.assert_array_equal, resumed.params, state.params)
+    run = attn_cnn.load_run(tmp_path / "run")
+    jax.tree.map(np.testing.assert_array_equal, run.params, state.params)
+    assert run.config.model.encoding == "manhattan"
