@@ -175,11 +175,11 @@ def held(blocks, pixels, features, needs_x):
 @given(**LAYERS)
 def test_on_a_cpu_blocks_stay_in_its_caches_and_divide_the_heads(batch, heads, pixels, features, needs_x, whole):
     blocks = choose_blocks(batch, heads, pixels, features, needs_x=needs_x, whole=whole, device=Device("cpu", 2**36))
-    assert heads % blocks.shared == 0 and blocks.shared % blocks.heads == 0 and 1 <= blocks.images <= batch
+    assert heads % blocks.held == 0 and blocks.held % blocks.heads == 0 and 1 <= blocks.images <= batch
     smallest = blocks.heads == blocks.images == 1
     assert smallest or held(blocks, pixels, features, needs_x) <= mixing.CPU_BLOCK
     if whole and not needs_x:
-        assert blocks.shared == 1 or blocks.shared * pixels**2 <= mixing.CPU_BLOCK
+        assert blocks.held == 1 or blocks.held * pixels**2 <= mixing.CPU_BLOCK
 
 
 @given(**LAYERS)

@@ -14,7 +14,7 @@ from jaxtyping import Array
 import attn_cnn
 from attn_cnn import mixing, train
 from attn_cnn.attention import attention_maps
-from attn_cnn.encodings import ENCODINGS, CenteredEncoding, centers_init, encoding_class, spreads_init
+from attn_cnn.encodings import ENCODINGS, CenteredEncoding, along_heads, centers_init, encoding_class, spreads_init
 from attn_cnn.model import abstract_variables, create_model
 from configs import quadratic
 
@@ -36,8 +36,7 @@ class Manhattan(CenteredEncoding, name="manhattan"):
 
     def terms(self, rows, columns, x=None):
         def term(shifts, center):
-            each_head = (-1, *[1] * shifts.ndim)
-            return -self.spreads.reshape(each_head) * jnp.abs(shifts - center.reshape(each_head))
+            return -along_heads(self.spreads, shifts) * jnp.abs(shifts - along_heads(center, shifts))
 
         return term(rows, self.centers[:, 0]), term(columns, self.centers[:, 1])
 
