@@ -85,7 +85,8 @@ class SelfAttention(nn.Module):
       heads: number of heads; with none, the layer adds its bias alone.
       max_side: largest side of the grid that the learned tables cover.
       embedding_size: width of the learned tables; 0: what the encoding calls for.
-      init: how the heads' centers start: "random", or "grid", on the window of a convolution.
+      start: how the heads' centers start: "random", or "grid", on the window of a convolution. It is config.model.init;
+        a Flax module has an `init` of its own.
       init_spread: spread of heads that start on a grid; sqrt(2) is ConViT's.
       mixing: "factored", "dense", or "auto": factored wherever it is exact, which dropout on the probabilities is not.
         Factors that differ from query to query (learned_query) are multiplied before they mix in any case.
@@ -100,7 +101,7 @@ class SelfAttention(nn.Module):
     heads: int
     max_side: int = 16
     embedding_size: int = 0
-    init: str = "random"
+    start: str = "random"
     init_spread: float = 2**0.5
     mixing: str = "auto"
     dropout: float = 0.0

@@ -122,7 +122,7 @@ class Encoding(struct.PyTreeNode):
         columns: Shaped[Array, "*#shape"],
         x: Float[Array, "H W features"] | None = None,
     ) -> Float[Array, "heads *shape"]:
-        """Returns the scores of keys at shifts (`rows`, `columns`), two arrays that broadcast together.
+        """Returns the scores of keys at shifts (`rows`, `columns`), two arrays of as many axes that broadcast together.
 
         Encodings that need `x` take the shifts of its own grid, from `shifts`.
         """
@@ -150,6 +150,11 @@ class Encoding(struct.PyTreeNode):
         return None
 
 
+def along_heads(values: Float[Array, "heads"], shifts: Shaped[Array, "*shape"]) -> Float[Array, "heads *ones"]:
+    """Returns one value a head in a shape that broadcasts against `shifts` with the heads in front."""
+    return values.reshape(-1, *[1] * shifts.ndim)
+
+
 def encoding_class(name: str) -> type[Encoding]:
     """Returns the class of the encoding called `name`.
 
@@ -165,17 +170,17 @@ def encoding_class(name: str) -> type[Encoding]:
 
 
 def centers_init(module: nn.Module) -> nn.initializers.Initializer:
-    """Returns N(0, 2^2), or for `init` "grid" the shifts of a convolution's window, one for each head."""
-    if module.init == "random":
+    """Returns N(0, 2^2), or for `start` "grid" the shifts of a convolution's window, one for each head."""
+    if module.start == "random":
         return nn.initializers.normal(CENTER_STD)
     return lambda key, shape, dtype=jnp.float32: jnp.asarray(window(math.isqrt(shape[0])), dtype)
 
 
 def spreads_init(module: nn.Module, unit: Float[Array, "*matrix"]) -> nn.initializers.Initializer:
-    """Returns `unit` + N(0, 0.01^2), or for `init` "grid" exactly `init_spread` times `unit`."""
+    """Returns `unit` + N(0, 0.01^2), or for `start` "grid" exactly `init_spread` times `unit`."""
 
     def init(key, shape, dtype=jnp.float32):
-        if module.init == "random":
+        if module.start == "random":
             return unit + SPREAD_STD * jax.random.normal(key, shape, dtype)
         return jnp.broadcast_to(jnp.asarray(module.init_spread * unit, dtype), shape)
 
@@ -229,8 +234,7 @@ class Quadratic(CenteredEncoding, name="quadratic"):
         """Returns the squared distances along rows and along columns, each times -1/2 s_h^2."""
 
         def term(shifts, center):
-            each_head = (-1, *[1] * shifts.ndim)
-            return -0.5 * (self.spreads.reshape(each_head) * (shifts - center.reshape(each_head))) ** 2
+            return -0.5 * (along_heads(self.spreads, shifts) * (shifts - along_heads(center, shifts))) ** 2
 
         return term(rows, self.centers[:, 0]), term(columns, self.centers[:, 1])
 
@@ -268,9 +272,8 @@ class QuadraticGeneralized(CenteredEncoding, name="quadratic_generalized"):
         """Returns -1/2 |S^T (d - mu)|^2, each of the two components being a row part plus a column part."""
 
         def parts(shifts, axis):
-            each_head = (-1, *[1] * shifts.ndim)
-            along = shifts - self.centers[:, axis].reshape(each_head)
-            return [along * self.spreads[:, axis, component].reshape(each_head) for component in (0, 1)]
+            along = shifts - along_heads(self.centers[:, axis], shifts)
+            return [along * along_heads(self.spreads[:, axis, component], shifts) for component in (0, 1)]
 
         (first_row, second_row), (first_column, second_column) = parts(rows, 0), parts(columns, 1)
         return -0.5 * ((first_row + first_column) ** 2 + (second_row + second_column) ** 2)
@@ -374,7 +377,7 @@ class LearnedEncoding(Encoding):
         return Tables(module.param("row_embeddings", init, shape), module.param("column_embeddings", init, shape))
 
     @classmethod
-    def own(cls, module: nn.Module, features: int, tables: Tables | None) -> Tables:
+    def own_or_shared(cls, module: nn.Module, features: int, tables: Tables | None) -> Tables:
         """Returns the shared tables, or declares the layer's own."""
         return tables or cls.tables(module, module.max_side, module.embedding_size, features)
 
@@ -403,7 +406,7 @@ class Learned(LearnedEncoding, name="learned"):
     @classmethod
     def declare(cls, module: nn.Module, features: int, tables: Tables | None) -> "Learned":
         """Declares the tables, unless they are shared, and the maps from embeddings to one score a head."""
-        tables = cls.own(module, features, tables)
+        tables = cls.own_or_shared(module, features, tables)
         maps = [
             dense(module.heads, table.shape[-1], use_bias=False, name=f"{axis}_head_keys")
             for axis, table in zip(tables._fields, tables, strict=True)
@@ -439,15 +442,15 @@ class QueryEncoding(LearnedEncoding):
             )
 
 
-def per_head(module: nn.Module, features: int, name: str) -> LinearMap:
+def declare_per_head(module: nn.Module, features: int, name: str) -> LinearMap:
     """Declares the map from a pixel to one vector of `features` for each head: kernel (features, heads, features)."""
     shape = (features, module.heads, features)
     return Linear(shape, shape[1:], features, name=name)()
 
 
-def scaled_query(module: nn.Module, features: int) -> LinearMap:
+def declare_query(module: nn.Module, features: int) -> LinearMap:
     """Declares the query's map and divides it by sqrt(features)."""
-    kernel, bias = per_head(module, features, "query")
+    kernel, bias = declare_per_head(module, features, "query")
     scale = features**-0.5
     return LinearMap(scale * kernel, scale * bias)
 
@@ -474,7 +477,7 @@ class LearnedQuery(QueryEncoding, name="learned_query"):
     @classmethod
     def declare(cls, module: nn.Module, features: int, tables: Tables | None) -> "LearnedQuery":
         """Declares the tables, unless they are shared, and the query's map."""
-        return cls.of_query(cls.own(module, features, tables), scaled_query(module, features))
+        return cls.of_query(cls.own_or_shared(module, features, tables), declare_query(module, features))
 
     @classmethod
     def of_query(cls, tables: Tables, query: LinearMap) -> "LearnedQuery":
@@ -517,7 +520,7 @@ class Content(struct.PyTreeNode):
     @classmethod
     def declare(cls, module: nn.Module, features: int, query: LinearMap) -> "Content":
         """Declares the key's map and composes it with the query's, which is scaled already."""
-        key, _ = per_head(module, features, "key")
+        key, _ = declare_per_head(module, features, "key")
         return cls(jnp.einsum("dhf,ehf->hde", query.kernel, key), jnp.einsum("hf,ehf->he", query.bias, key))
 
     def scores(self, x: Float[Array, "H W features"]) -> Float[Array, "heads H W H W"]:
@@ -541,7 +544,7 @@ class LearnedContent(QueryEncoding, name="learned_content"):
     @classmethod
     def declare(cls, module: nn.Module, features: int, tables: Tables | None) -> "LearnedContent":
         """Declares the tables, unless they are shared, and the maps of query and key."""
-        tables, query = cls.own(module, features, tables), scaled_query(module, features)
+        tables, query = cls.own_or_shared(module, features, tables), declare_query(module, features)
         return cls(LearnedQuery.of_query(tables, query), Content.declare(module, features, query))
 
     def scores(self, rows: Array, columns: Array, x: Array | None = None) -> Array:
@@ -562,7 +565,7 @@ class LearnedContentPosition(LearnedEncoding, name="learned_content_position"):
     def declare(cls, module: nn.Module, features: int, tables: Tables | None) -> "LearnedContentPosition":
         """Declares what `Learned` does, and the maps of query and key."""
         position = Learned.declare(module, features, tables)
-        return cls(position, Content.declare(module, features, scaled_query(module, features)))
+        return cls(position, Content.declare(module, features, declare_query(module, features)))
 
     def scores(self, rows: Array, columns: Array, x: Array | None = None) -> Array:
         """Returns the scores of position plus those of content."""
@@ -589,7 +592,7 @@ class Gated(CenteredEncoding, name="gated"):
         """Declares centers, spreads, gates that start at lambda = 1, and the maps of query and key."""
         position = Quadratic.declare(module, features, tables)
         gates = module.param("gates", nn.initializers.ones, (module.heads,))
-        return cls(position, Content.declare(module, features, scaled_query(module, features)), gates)
+        return cls(position, Content.declare(module, features, declare_query(module, features)), gates)
 
     def scores(self, rows: Array, columns: Array, x: Array | None = None) -> Array:
         """Returns log A_h, the scores whose softmax is the mixture."""

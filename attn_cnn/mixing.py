@@ -160,12 +160,12 @@ class Blocks(NamedTuple):
     """How much of a layer's work is done at once.
 
     Attributes:
-      shared: heads whose probabilities, the same for all images, are held while the images are mixed.
+      held: heads whose probabilities, the same for all images, are held while the images are mixed.
       heads: heads that are mixed at once.
       images: images that are mixed at once.
     """
 
-    shared: int
+    held: int
     heads: int
     images: int
 
@@ -186,14 +186,14 @@ def choose_blocks(
     """
     on_cpu = device.kind == "cpu"
     block = CPU_BLOCK if on_cpu else (device.memory or UNKNOWN_MEMORY) // BYTES_PER_BLOCK_VALUE
-    shared = largest_divisor(heads, block // pixels**2) if whole and not needs_x else heads
+    held = largest_divisor(heads, block // pixels**2) if whole and not needs_x else heads
     values_of_head = pixels * (max(features, pixels) if needs_x else features)
-    at_once = largest_divisor(shared, block // values_of_head)
+    at_once = largest_divisor(held, block // values_of_head)
     if jax.export.is_symbolic_dim(batch) or at_once < heads:
-        return Blocks(shared, at_once, 1)
+        return Blocks(held, at_once, 1)
     # Several images only where they are small: XLA transposes their gradients back and forth, which takes room too.
     images = max(1, block // 4 // (values_of_head * at_once))
-    return Blocks(shared, at_once, math.ceil(batch / math.ceil(batch / images)))
+    return Blocks(held, at_once, math.ceil(batch / math.ceil(batch / images)))
 
 
 def largest_divisor(n: int, limit: int) -> int:
@@ -233,7 +233,7 @@ def attend_in_blocks(
         heads, kernel = group
         return _of_images(Fixed(heads.probabilities(x[0], 0)), x, kernel, blocks)
 
-    return sum_over_groups(of_group, (heads, kernel), blocks.shared)
+    return sum_over_groups(of_group, (heads, kernel), blocks.held)
 
 
 def _of_images(heads: Heads, x: Array, kernel: Array, blocks: Blocks) -> Array:

@@ -178,7 +178,7 @@ def mixers(model: ml_collections.ConfigDict, dtype: Any, device: Device | None) 
         model.encoding,
         max_side=model.max_side,
         embedding_size=model.embedding_size,
-        init=model.init,
+        start=model.init,
         init_spread=model.init_spread,
         mixing=model.mixing,
         dropout=model.attention_dropout,
@@ -187,12 +187,16 @@ def mixers(model: ml_collections.ConfigDict, dtype: Any, device: Device | None) 
         device=device,
         name="attention",
     )
-    kinds = schema.for_each_layer(model.layer, model.layers)
-    heads = schema.for_each_layer(model.heads, model.layers)
     return tuple(
-        convolution if kind == "convolution" else functools.partial(self_attention, heads=n)
-        for kind, n in zip(kinds, heads, strict=True)
+        convolution if kind == "convolution" else functools.partial(self_attention, heads=heads)
+        for kind, heads in kinds_and_heads(model)
     )
+
+
+def kinds_and_heads(model: ml_collections.ConfigDict) -> list[tuple[str, int]]:
+    """Returns of each layer what mixes its pixels, "attention" or "convolution", and its number of heads."""
+    kinds, heads = (schema.for_each_layer(value, model.layers) for value in (model.layer, model.heads))
+    return list(zip(kinds, heads, strict=True))
 
 
 def abstract_variables(model: ml_collections.ConfigDict) -> dict:
@@ -208,7 +212,11 @@ def undecayed(model: ml_collections.ConfigDict) -> tuple[str, ...]:
 
 def has_penalty(model: ml_collections.ConfigDict) -> bool:
     """Returns whether the model has heads whose condition number can be penalised."""
-    return model.name == "attention" and encoding_class(model.encoding).penalty is not None
+    return (
+        model.name == "attention"
+        and encoding_class(model.encoding).penalty is not None
+        and any(kind == "attention" and heads for kind, heads in kinds_and_heads(model))
+    )
 
 
 def checked_model(model: ml_collections.ConfigDict) -> ml_collections.ConfigDict:

@@ -11,74 +11,86 @@ window: drops shifts further than `--radius` from the center; |error| <= 2 (1 - 
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from absl import app, flags
+from jaxtyping import Array, Float
 
-from attn_cnn import attention, positions
+from attn_cnn.encodings import SPREAD_STD, QuadraticGeneralized
 from benchmarks import common
 
 GRID = flags.DEFINE_integer("grid", 16, "Side of the grid.")
 BATCH = flags.DEFINE_integer("batch", 20, "Images.")
 RADIUS = flags.DEFINE_integer("radius", 4, "Of the window, in pixels.")
-ROUNDS = flags.DEFINE_integer("rounds", 7, "Rounds of each side.")
+ROUNDS = flags.DEFINE_integer("rounds", 7, "Rounds of each side.", lower_bound=2)
 HEADS, FEATURES = 9, 400
 
-
-def by_image(heads, x, weights, loop=jax.lax.map):
-    """Weighted sum of what the heads mix, in the layer's way: all heads of one image after another."""
-    probabilities = attention.head_probabilities("quadratic_generalized", heads, x[0])
-    total = jax.checkpoint(lambda image, weights: jnp.vdot(attention.mix_dense(probabilities, image), weights))
-    return loop(lambda values: total(*values), (x, weights)).sum()
+# The sides: weighted sums of what the heads mix. `loop` is `jax.lax.map`, or `at_once` for the compiler to count.
 
 
-def by_head(mix):
-    """The same with `mix`, of one head after another and all images."""
-
-    def total(heads, x, weights, loop=jax.lax.map):
-        total = jax.checkpoint(lambda head, weights: jnp.vdot(mix(head, x), weights))
-        return loop(lambda values: total(*values), (heads, weights)).sum()
-
-    return total
-
-
-def at_once(function, values):
-    """`jax.lax.map` without its loop, of which the compiler counts one round."""
+def at_once(function: Callable, values: Any) -> Any:
+    """Returns what `jax.lax.map` does, without its loop, of which the compiler counts one round."""
     return jax.vmap(function)(values)
 
 
-def by_shift(head, side):
-    """exp(score) of all shifts in (-side, side)^2, scaled to a largest value of 1."""
-    head = jax.tree.map(lambda a: a[None], head)
-    scores = positions.quadratic_generalized(**head, height=2 * side - 1, width=2 * side - 1)[0, side - 1, side - 1]
+def plain(probabilities: Array, x: Array, weights: Array) -> Array:
+    """Mixes all images with all heads' matrices in one product."""
+    return jnp.vdot(probabilities @ x, weights)
+
+
+def by_image(heads: QuadraticGeneralized, x: Array, weights: Array, loop: Callable = jax.lax.map) -> Array:
+    """Mixes as the layer does: all heads of one image after another."""
+    probabilities = heads.probabilities(x[0])
+    total = jax.checkpoint(lambda image, weights: jnp.vdot(probabilities.mix(image), weights))
+    return loop(lambda values: total(*values), (x, weights)).sum()
+
+
+def by_head(
+    heads: QuadraticGeneralized, x: Array, weights: Array, loop: Callable = jax.lax.map, *, mix: Callable
+) -> Array:
+    """Mixes all images with one head after another, by `mix`."""
+    total = jax.checkpoint(lambda head, weights: jnp.vdot(mix(head, x), weights))
+    return loop(lambda values: total(*values), (heads, weights)).sum()
+
+
+# Mixing by correlation. A head is an encoding whose arrays have lost their leading axis.
+
+
+def by_shift(head: QuadraticGeneralized, side: int) -> Float[Array, "shifts shifts"]:
+    """Returns exp(score) at all shifts in (-side, side)^2, scaled to a largest value of 1."""
+    shifts = jnp.arange(1 - side, side)
+    scores = jax.tree.map(lambda a: a[None], head).scores(shifts[:, None], shifts)[0]
     return jnp.exp(scores - scores.max())
 
 
-def correlate_fft(e, x):
-    size = 3 * x.shape[1] - 2
-    spectrum = jnp.conj(jnp.fft.rfft2(e, (size, size)))[..., None]
-    start, side = x.shape[1] - 1, x.shape[1]
-    full = jnp.fft.irfft2(jnp.fft.rfft2(x, (size, size), axes=(1, 2)) * spectrum, (size, size), axes=(1, 2))
-    return jnp.roll(full, (start, start), (1, 2))[:, :side, :side]
-
-
-def fft(head, x):
+def fft(head: QuadraticGeneralized, x: Float[Array, "batch side side features"]) -> Array:
+    """Mixes by a product of Fourier transforms."""
     side = x.shape[1]
     e = by_shift(head, side)
     return correlate_fft(e, x) / correlate_fft(e, jnp.ones((1, side, side, 1)))
 
 
-def window(head, x):
+def correlate_fft(e: Float[Array, "shifts shifts"], x: Float[Array, "batch side side features"]) -> Array:
+    """Returns sum_k e[k - q] x[k]."""
+    side = x.shape[1]
+    size = 3 * side - 2
+    spectrum = jnp.conj(jnp.fft.rfft2(e, (size, size)))[..., None]
+    full = jnp.fft.irfft2(jnp.fft.rfft2(x, (size, size), axes=(1, 2)) * spectrum, (size, size), axes=(1, 2))
+    return jnp.roll(full, (side - 1, side - 1), (1, 2))[:, :side, :side]
+
+
+def window(head: QuadraticGeneralized, x: Float[Array, "batch side side features"]) -> Array:
+    """Mixes by a sum over the shifts around the center."""
     side, radius = x.shape[1], RADIUS.value
-    center = jnp.round(jax.lax.stop_gradient(head["centers"])).astype(int)
-    around = [center[0] + side - 1 - radius, center[1] + side - 1 - radius]
-    e = jax.lax.dynamic_slice(jnp.pad(by_shift(head, side), radius), [a + radius for a in around], [2 * radius + 1] * 2)
-    border = ((0, 0), (side, side), (side, side), (0, 0))
-    start = [center[0] + side - radius, center[1] + side - radius]
+    center = jnp.round(jax.lax.stop_gradient(head.centers)).astype(int)
+    e = jax.lax.dynamic_slice(jnp.pad(by_shift(head, side), radius), center + side - 1, [2 * radius + 1] * 2)
+    start = center + side - radius
 
     def correlate(x):
-        padded = jnp.pad(x, border)
+        padded = jnp.pad(x, ((0, 0), (side, side), (side, side), (0, 0)))
         return sum(
             e[r, c] * jax.lax.dynamic_slice(padded, (0, start[0] + r, start[1] + c, 0), x.shape)
             for r in range(2 * radius + 1)
@@ -88,34 +100,35 @@ def window(head, x):
     return correlate(x) / correlate(jnp.ones((1, side, side, 1)))
 
 
-def plain(probabilities, x, weights):
-    """One product of all heads' matrices with all images."""
-    return jnp.vdot(probabilities @ x, weights)
+def product_side(x: Array, weights: Array) -> common.Side:
+    """Returns one product of the same size, by matrices of no head in particular."""
+    pixels = GRID.value**2
+    matrices = jax.nn.softmax(jax.random.normal(jax.random.key(0), (HEADS * pixels, pixels)))
+    columns = x.transpose(1, 2, 0, 3).reshape(pixels, -1)
+    gradients = jax.value_and_grad(plain, (0, 1))
+    return common.function_side(gradients, matrices, columns, jnp.tile(columns, (HEADS, 1)), images=BATCH.value)
 
 
 def main(_):
-    side, batch = GRID.value, BATCH.value
     key = jax.random.key(0)
-    x, weights = jax.random.normal(key, (2, batch, side, side, FEATURES))
-    heads = {
-        "centers": jax.random.uniform(key, (HEADS, 2), minval=-2, maxval=2),
-        "spreads": attention.spreads_init(jnp.eye(2))(key, (HEADS, 2, 2)),
-    }
-    matrices = jax.nn.softmax(jax.random.normal(key, (HEADS * side**2, side**2)))
-    columns = x.transpose(1, 2, 0, 3).reshape(side**2, -1)
+    x, weights = jax.random.normal(key, (2, BATCH.value, GRID.value, GRID.value, FEATURES))
+    heads = QuadraticGeneralized(
+        centers=jax.random.uniform(key, (HEADS, 2), minval=-2, maxval=2),
+        spreads=jnp.eye(2) + SPREAD_STD * jax.random.normal(key, (HEADS, 2, 2)),
+    )
     every_head = jnp.tile(weights, (HEADS, 1, 1, 1, 1))
-    arguments = {"product": (matrices, columns, jnp.tile(columns, (HEADS, 1)))}
-    arguments["quadratic_generalized"] = (heads, x, every_head.swapaxes(0, 1))
-    arguments["fft"] = arguments["window"] = (heads, x, every_head)
-    totals = {"quadratic_generalized": by_image, "fft": by_head(fft), "window": by_head(window)}
-    sides = {"product": common.function_side(jax.value_and_grad(plain, (0, 1)), *arguments["product"], images=batch)}
-    for name, total in totals.items():
-        looped = jax.value_and_grad(total, (0, 1))
-        counted = jax.value_and_grad(functools.partial(total, loop=at_once), (0, 1))
-        sides[name] = common.function_side(looped, *arguments[name], images=batch, counted=counted)
+    correlations = {"fft": fft, "window": window}
+    totals = {"quadratic_generalized": (by_image, every_head.swapaxes(0, 1))}
+    totals |= {name: (functools.partial(by_head, mix=mix), every_head) for name, mix in correlations.items()}
+    sides = {"product": product_side(x, weights)}
+    for name, (total, weights) in totals.items():
+        looped, counted = (
+            jax.value_and_grad(functools.partial(total, loop=loop), (0, 1)) for loop in (jax.lax.map, at_once)
+        )
+        sides[name] = common.function_side(looped, heads, x, weights, images=BATCH.value, counted=counted)
     print(common.table(sides, common.alternate(sides, ROUNDS.value), "product"))
-    expected = attention.mix_dense(attention.head_probabilities("quadratic_generalized", heads, x[0]), x[0])
-    for name, mix in {"fft": fft, "window": window}.items():
+    expected = heads.probabilities(x[0]).mix(x[0])
+    for name, mix in correlations.items():
         error = jnp.abs(jax.vmap(mix, (0, None))(heads, x[:1])[:, 0] - expected).max()
         print(f"{name}: largest difference {error:.1e} of values up to {jnp.abs(expected).max():.1f}")
 

@@ -1,4 +1,7 @@
-"""From launch to the first training step of configs/quadratic.py:small, caches warm: python -m benchmarks.startup"""
+"""From launch to the first training step of configs/quadratic.py:small, with warm caches.
+
+python -m benchmarks.startup  # about a minute on 2 cores
+"""
 
 import statistics
 import subprocess
@@ -12,7 +15,7 @@ ROUNDS = flags.DEFINE_integer("rounds", 5, "Starts that count; one before them f
 
 
 def seconds_to_first_step() -> float:
-    """Of one run in a new workdir, stopped then."""
+    """Starts a run in a new workdir, ends it after its first step, and returns how long that took."""
     with tempfile.TemporaryDirectory() as workdir:
         command = [sys.executable, "main.py", "--config=configs/quadratic.py:small", f"--workdir={workdir}/run"]
         started = time.perf_counter()

@@ -10,21 +10,22 @@ Rates are the compiler's FLOPs over the time, beside a float32 product of 2048x2
 from absl import app, flags
 
 from benchmarks import common
+from configs import learned, quadratic
 
 GRID = flags.DEFINE_integer("grid", 16, "Side of the grid.")
 BATCH = flags.DEFINE_integer("batch", 20, "Images in a step.")
-ROUNDS = flags.DEFINE_integer("rounds", 9, "Steps of each side.")
+ROUNDS = flags.DEFINE_integer("rounds", 9, "Steps of each side.", lower_bound=2)
 
 
 def main(_):
-    def run(experiment, **changes):
-        return common.paper_run(experiment, GRID.value, BATCH.value, **changes)
+    def side(config, **model):
+        return common.training_side(common.paper_experiment(config, GRID.value, BATCH.value, **model))
 
     sides = {
-        "convolution": common.training_side(run("quadratic"), common.Convolution),
-        "quadratic": common.training_side(run("quadratic")),
-        "learned": common.training_side(run("learned")),
-        "dense": common.training_side(run("quadratic", **{"model.mixing": "dense"})),
+        "convolution": side(quadratic, layer="convolution"),
+        "quadratic": side(quadratic),
+        "learned": side(learned),
+        "dense": side(quadratic, mixing="dense"),
         "matmul": common.matmul_side(),
     }
     print(common.table(sides, common.alternate(sides, ROUNDS.value), "convolution"))

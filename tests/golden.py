@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
@@ -47,9 +48,23 @@ class Golden:
         return ml_collections.ConfigDict(fields | changes)
 
 
+def small_model(encoding: str, **changes) -> ml_collections.ConfigDict:
+    """Returns a model as small as the golden ones, of any encoding."""
+    return Golden("quadratic").model(encoding=encoding, **changes)
+
+
 def assert_close(actual, expected, what="", tolerance=TOLERANCE):
-    """The largest difference is within `tolerance` of the largest value."""
+    """Asserts that the largest difference is within `tolerance` of the largest value."""
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     assert actual.shape == expected.shape, f"{what}: {actual.shape} instead of {expected.shape}"
     error, scale = np.abs(actual - expected).max(), np.abs(expected).max()
     assert error <= tolerance * scale, f"{what}: off by {error:.2e} of {scale:.2e}"
+
+
+def assert_trees_close(actual, expected, tolerance=TOLERANCE):
+    """Asserts that two pytrees are alike and their arrays close, each array by itself."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for (path, ours), theirs in zip(
+        jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True
+    ):
+        assert_close(ours, theirs, jax.tree_util.keystr(path), tolerance)

@@ -1,4 +1,4 @@
-"""main.py as a user runs it, on a model small enough to test with."""
+"""Runs main.py as a user does, on a model small enough to test with."""
 
 import os
 import subprocess
@@ -8,10 +8,22 @@ from pathlib import Path
 import pytest
 from etils import epath
 
-from attn_cnn.metrics import read
+from attn_cnn.training.metrics import read
+from configs import quadratic
 
 ROOT = Path(__file__).parent.parent
 TINY = ("--config.model.layers=1", "--config.model.hidden_size=16", "--config.model.mlp_size=16")
+
+
+def tiny_config(experiment=quadratic, **changes):
+    """The config that the flags TINY make of an experiment on the digits; of a ResNet one just as small."""
+    config = experiment.get_config("digits")
+    if config.model.name == "attention":
+        config.model.layers, config.model.hidden_size, config.model.mlp_size = 1, 16, 16
+    else:
+        config.model.width, config.optimizer.decay_epochs = 2, ()
+    config.update_from_flattened_dict(changes)
+    return config
 
 
 def command(*arguments, config="configs/quadratic.py:digits", tiny=True):
@@ -72,3 +84,8 @@ def scalars(workdir, tag):
 def newest_checkpoint(workdir):
     """The step of the newest whole one, or 0."""
     return max((int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()), default=0)
+
+
+def content(workdir):
+    """Every path in a workdir, and when it was written; equal before and after, nothing there has changed."""
+    return sorted((path, path.stat().st_mtime_ns) for path in workdir.rglob("*"))

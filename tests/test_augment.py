@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attn_cnn.augment import augment, normalize
+from attn_cnn.training import augment as augment_lib
+from attn_cnn.training.augment import normalize
 
+augment = jax.jit(augment_lib.augment, static_argnames=("padding", "flip"))
 IMAGES = jax.random.randint(jax.random.key(0), (64, 8, 8, 3), 1, 256).astype(jnp.uint8)
 PLACES = jnp.arange(64)
 
@@ -18,7 +20,7 @@ def windows(image, padding):
 
 
 def test_every_image_is_a_crop_of_its_padded_self_and_half_are_mirrored():
-    result = np.asarray(augment(jax.random.key(1), IMAGES, PLACES, 2, True))
+    result = np.asarray(augment(jax.random.key(1), IMAGES, PLACES, padding=2, flip=True))
     mirrored = 0
     for image, augmented in zip(np.asarray(IMAGES), result, strict=True):
         straight, flipped = windows(image, 2)
@@ -29,21 +31,21 @@ def test_every_image_is_a_crop_of_its_padded_self_and_half_are_mirrored():
 
 
 def test_without_flip_none_is_mirrored():
-    result = np.asarray(augment(jax.random.key(1), IMAGES, PLACES, 1, False))
+    result = np.asarray(augment(jax.random.key(1), IMAGES, PLACES, padding=1, flip=False))
     for image, augmented in zip(np.asarray(IMAGES), result, strict=True):
         assert augmented.tobytes() in windows(image, 1)[0]
 
 
 def test_without_padding_and_flip_images_stay():
-    np.testing.assert_array_equal(augment(jax.random.key(1), IMAGES, PLACES, 0, False), IMAGES)
+    np.testing.assert_array_equal(augment(jax.random.key(1), IMAGES, PLACES, padding=0, flip=False), IMAGES)
 
 
 def test_an_image_depends_on_its_place_in_the_batch_not_on_its_device():
-    whole = augment(jax.random.key(1), IMAGES, PLACES, 2, True)
-    halves = [augment(jax.random.key(1), IMAGES[i::2], PLACES[i::2], 2, True) for i in (0, 1)]
+    whole = augment(jax.random.key(1), IMAGES, PLACES, padding=2, flip=True)
+    halves = [augment(jax.random.key(1), IMAGES[i::2], PLACES[i::2], padding=2, flip=True) for i in (0, 1)]
     np.testing.assert_array_equal(whole[0::2], halves[0])
     np.testing.assert_array_equal(whole[1::2], halves[1])
-    assert not np.array_equal(whole, augment(jax.random.key(2), IMAGES, PLACES, 2, True))
+    assert not np.array_equal(whole, augment(jax.random.key(2), IMAGES, PLACES, padding=2, flip=True))
 
 
 def test_normalize_by_channel():

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from etils import epath
 
-from attn_cnn.checkpoint import Checkpoints
 from attn_cnn.errors import UserError
+from attn_cnn.training.checkpoint import Checkpoints
 
 
 def state(value):
@@ -27,9 +27,9 @@ def directory(tmp_path):
     return directory
 
 
-def restore(directory):
-    with Checkpoints(directory, keep=3) as checkpoints:
-        return checkpoints.restore(jax.eval_shape(lambda: state(0)))
+def restore(directory, step="newest", **kwargs):
+    with Checkpoints(directory, keep=3, **kwargs) as checkpoints:
+        return checkpoints.restore(jax.eval_shape(lambda: state(0)), step)
 
 
 def test_the_newest_comes_back(directory):
@@ -52,6 +52,51 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
         assert checkpoints.metrics(2) == {"test_accuracy": 0.9}
         assert checkpoints.metrics(5) is None
     assert sorted(path.name for path in directory.iterdir()) == ["2", "5", "6"]
+
+
+@pytest.fixture
+def measured(tmp_path):
+    """Checkpoints of which the second is the best, and the last not evaluated yet."""
+    directory = epath.Path(tmp_path) / "checkpoints"
+    with Checkpoints(directory, keep=3) as checkpoints:
+        for step, accuracy in enumerate((0.3, 0.9, 0.4, None), start=1):
+            checkpoints.save(step, state(step), None if accuracy is None else {"test_accuracy": accuracy})
+    return directory
+
+
+@pytest.mark.parametrize("asked, step", [("newest", 4), ("best", 2), (2, 2), (3, 3)])
+def test_the_one_that_is_asked_for_comes_back(asked, step, measured):
+    found, restored = restore(measured, asked, read_only=True)
+    assert found == step
+    jax.tree.map(np.testing.assert_array_equal, restored, state(step))
+
+
+def test_where_none_was_evaluated_the_newest_is_the_best(tmp_path):
+    directory = epath.Path(tmp_path) / "checkpoints"
+    with Checkpoints(directory, keep=3) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, state(step))
+    assert restore(directory, "best")[0] == 2
+
+
+@pytest.mark.parametrize("asked", [0, 7, "oldest"])
+def test_a_step_that_is_not_there_names_those_that_are(asked, measured):
+    with pytest.raises(UserError, match=f"has no checkpoint of step {asked}; it has 4, 3, 2"):
+        restore(measured, asked)
+
+
+def test_a_damaged_one_that_was_asked_for_is_an_error(measured):
+    truncate(Path(measured / "3"))
+    with pytest.raises(UserError, match="no checkpoint can be read:\n.*checkpoints/3"):
+        restore(measured, 3)
+    assert restore(measured, 2)[0] == 2
+
+
+def test_reading_changes_nothing(measured):
+    truncate(Path(measured / "4"))
+    before = sorted(Path(measured).rglob("*"))
+    assert restore(measured, read_only=True)[0] == 3
+    assert sorted(Path(measured).rglob("*")) == before
 
 
 def largest_file(folder):

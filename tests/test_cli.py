@@ -1,15 +1,22 @@
 """The command line: a mistake ends in one message and a non-zero status, before anything is compiled."""
 
+import subprocess
+import sys
+
 import program
 import pytest
 
 MISTAKES = {
     "scale": (["--config=configs/quadratic.py:huge"], "unknown scale 'huge'"),
-    "file": (["--config=configs/nothing.py"], "configs/nothing.py is no config; configs holds learned.py"),
+    "file": (["--config=configs/nothing.py"], "configs/nothing.py is no config; configs holds gated.py, learned.py"),
     "field": (["--config=configs/quadratic.py", "--config.foo=1"], "unknown field config.foo"),
     "family": (["--config=configs/resnet18.py", "--config.model.heads=3"], "has no field 'heads'"),
     "type": (["--config=configs/quadratic.py", "--config.seed=abc"], "--config.seed=abc"),
     "value": (["--config=configs/quadratic.py", "--config.model.patch=3"], "choose one of 1, 2, 4"),
+    "one for each layer": (
+        ["--config=configs/quadratic.py:digits", "--config.model.heads=(9,4)"],
+        "config.model.heads is (9, 4), but config.model.layers is 3",
+    ),
     "mode": (["--config=configs/quadratic.py", "--mode=fly"], "train|evaluate|describe"),
     "profile": (["--config=configs/quadratic.py", "--mode=describe", "--profile"], "--profile traces training"),
     "none": ([], "--config must have a value"),
@@ -18,24 +25,44 @@ MISTAKES = {
         "holds no run to evaluate",
     ),
 }
+QUICK = ("field", "type", "value")  # each takes a second to start Python
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.parametrize("mistake", [pytest.param(m, marks=() if m in QUICK else pytest.mark.slow) for m in MISTAKES])
 def test_a_mistake_ends_in_one_message(mistake):
     arguments, message = MISTAKES[mistake]
-    command = [program.sys.executable, "main.py", *arguments]
-    done = program.subprocess.run(command, cwd=program.ROOT, env=program.environment(), capture_output=True, text=True)
+    command = [sys.executable, "main.py", *arguments]
+    done = subprocess.run(command, cwd=program.ROOT, env=program.environment(), capture_output=True, text=True)
     assert done.returncode != 0
     assert message in done.stderr
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_describe_prints_the_totals():
     done = program.run("--mode=describe", config="configs/learned.py:digits", tiny=False)
     assert "180,874" in done.stdout and "paper's way  5.6M" in done.stdout
     assert done.stderr == ""
 
 
+@pytest.mark.slow
+def test_every_layer_may_have_its_own_heads():
+    done = program.run("--mode=describe", "--config.model.heads=(9,4,9)", tiny=False)
+    kernels = ["(9, 64, 64)", "(4, 64, 64)", "(9, 64, 64)"]
+    for layer, shape in enumerate(kernels):
+        (line,) = [line for line in done.stdout.splitlines() if f"layer_{layer}/attention/value/kernel" in line]
+        assert shape in line
+
+
+@pytest.mark.slow
+def test_convolutions_may_take_the_place_of_attention():
+    done = program.run("--mode=describe", "--config.model.layer=convolution", tiny=False)
+    lines = [line for line in done.stdout.splitlines() if "/convolution/kernel" in line]
+    assert len(lines) == 3 and all("(3, 3, 64, 64)" in line for line in lines)
+    assert "/attention/" not in done.stdout
+
+
+@pytest.mark.slow
 def test_the_offline_message_comes_within_seconds(tmp_path):
     # A proxy that refuses stands in for a machine without network.
     done = program.run(

@@ -1,26 +1,49 @@
-"""Configs: every experiment at every scale is valid, and every mistake is named with the way out."""
+"""Configs: every experiment at every scale is valid and whole, and every mistake is named with the way out."""
 
 import importlib
 import json
+import re
+from pathlib import Path
 
 import pytest
 from etils import epath
 
-from attn_cnn import config as config_lib
+from attn_cnn import cli, schema
 from attn_cnn.errors import UserError
+from attn_cnn.model import model_fields
+from attn_cnn.training import experiment as experiment_lib
+from attn_cnn.training import workdir as workdir_lib
+from attn_cnn.training.experiment import checked, load_config
 from configs import common, quadratic, resnet18
 
 EXPERIMENTS = (
-    "quadratic", "quadratic_generalized", "many_heads", "learned", "learned_query", "learned_content", "resnet18",
+    "quadratic", "quadratic_generalized", "many_heads", "learned", "learned_query", "learned_content",
+    "learned_content_position", "gated", "resnet18",
 )  # fmt: skip
+
+
+def get_config(experiment, scale=""):
+    return importlib.import_module(f"configs.{experiment}").get_config(scale)
+
+
+def test_every_file_of_configs_is_an_experiment_or_common():
+    assert {path.stem for path in Path(common.__file__).parent.glob("*.py")} == {*EXPERIMENTS, "common"}
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 @pytest.mark.parametrize("scale", common.SCALES)
 def test_every_experiment_is_valid_at_every_scale(experiment, scale):
     module = importlib.import_module(f"configs.{experiment}")
-    config_lib.check(module.get_config(scale) if scale else module.get_config())
+    checked(module.get_config(scale) if scale else module.get_config())
     assert f"python main.py --config=configs/{experiment}.py" in module.__doc__
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize("scale", common.SCALES)
+def test_every_field_stands_in_every_experiment(experiment, scale):
+    config = get_config(experiment, scale)
+    model = {f"model.{name}" for name in model_fields()[config.model.name]} | {"model.name"}
+    assert set(schema.flatten(config)) == set(experiment_lib.FIELDS) | model
 
 
 @pytest.mark.parametrize(
@@ -35,9 +58,20 @@ def test_every_experiment_is_valid_at_every_scale(experiment, scale):
         ("optimizer.learning_rate", float("nan"), "learning_rate is nan"),
         ("optimizer.decay_epochs", (3, 2), r"increasing"),
         ("optimizer.decay_epochs", (3,), "cosine schedule ignores"),
+        ("condition_penalty", 0.5, "condition_penalty is 0.5, but no head of this model has a condition number"),
+        ("init_except", ("classifier",), r"init_except is \('classifier',\), but the run starts from no other"),
         ("model.patch", 3, "does not divide the 32x32 image; choose one of 1, 2, 4, 8, 16, 32"),
         ("model.encoding", "sinusoidal", "one of quadratic, quadratic_generalized, learned"),
-        ("model.share_tables", True, "has no tables"),
+        (
+            "model.share_tables",
+            True,
+            "config.model.share_tables is True, which the quadratic encoding ignores; set it to False.",
+        ),
+        ("model.embedding_size", 8, "embedding_size is 8, which the quadratic encoding ignores; set it to 0."),
+        ("model.init_spread", 3.0, "init_spread is 3.0, which a random start ignores; set config.model.init to grid."),
+        ("model.heads", (9, 4), r"heads is \(9, 4\), but config.model.layers is 6"),
+        ("model.layer", ("attention",) * 7, "but config.model.layers is 6; give one for each layer, or one for all"),
+        ("model.layer", "recurrence", "it must be one of attention, convolution"),
         ("model.name", "vgg", "one of attention, resnet18"),
         ("model.classes", 100, "cifar10 has 10 classes"),
         ("model.image_shape", (28, 28, 1), r"cifar10's images are \(32, 32, 3\)"),
@@ -49,18 +83,59 @@ def test_a_wrong_value_is_named(field, value, message):
     with config.ignore_type():
         config.update_from_flattened_dict({field: value})
     with pytest.raises(UserError, match=message):
-        config_lib.check(config)
+        checked(config)
+
+
+def test_heads_that_start_on_a_grid_fill_a_square():
+    config = quadratic.get_config()
+    config.model.init, config.model.heads = "grid", (9, 4, 1, 25, 9, 8)
+    with pytest.raises(UserError, match="config.model.heads is 8; the nearest squares are 4 and 9"):
+        checked(config)
+    config.model.heads = (9, 4, 1, 25, 9, 0)
+    assert checked(config).model.heads == (9, 4, 1, 25, 9, 0)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_only_heads_with_a_condition_number_are_penalised(experiment):
+    config = get_config(experiment)
+    config.condition_penalty = 0.1
+    if experiment == "quadratic_generalized":
+        assert checked(config).condition_penalty == 0.1
+    else:
+        with pytest.raises(UserError, match="config.condition_penalty is 0.1.*; set it to 0"):
+            checked(config)
+
+
+def test_parameters_that_start_afresh_need_a_run_to_start_from():
+    config = quadratic.get_config()
+    config.init_except = ("classifier",)
+    with pytest.raises(UserError, match="set config.init_from"):
+        checked(config)
+    config.init_from = "runs/other"
+    assert checked(config).init_except == ("classifier",)
 
 
 def test_a_field_too_many_or_too_few_is_named():
     config = quadratic.get_config()
     config.bach_size = 3
     with pytest.raises(UserError, match="unknown field config.bach_size; the fields are batch_size"):
-        config_lib.check(config)
+        checked(config)
     config = resnet18.get_config()
     del config.model.width
     with pytest.raises(UserError, match="config.model.width is missing; it must be a whole number"):
-        config_lib.check(config)
+        checked(config)
+    config = quadratic.get_config()
+    del config.model
+    with pytest.raises(UserError, match="config.model is missing"):
+        checked(config)
+
+
+def test_the_check_leaves_the_config_that_it_is_given_as_it_was():
+    config = quadratic.get_config()
+    del config.condition_penalty, config.model.kernel_size
+    before = config.to_dict()
+    assert checked(config).model.kernel_size == 3
+    assert config.to_dict() == before
 
 
 def test_an_unknown_scale_is_named_with_the_choices():
@@ -68,45 +143,55 @@ def test_an_unknown_scale_is_named_with_the_choices():
         quadratic.get_config("large")
 
 
+def workdir_of(values, tmp_path):
+    """A workdir whose config.json holds `values`, or that text."""
+    (tmp_path / "config.json").write_text(values if isinstance(values, str) else json.dumps(values))
+    return epath.Path(tmp_path)
+
+
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_a_config_survives_its_file(experiment, tmp_path):
-    config = importlib.import_module(f"configs.{experiment}").get_config("small")
-    path = epath.Path(tmp_path) / "config.json"
-    config_lib.save(config, path)
-    assert config_lib.differences(config_lib.load(path), config) == []
-    assert [p.name for p in path.parent.iterdir()] == ["config.json"]
+    config, workdir = get_config(experiment, "small"), epath.Path(tmp_path)
+    workdir_lib.write_config(config, workdir / "config.json")
+    assert workdir_lib.read_config(workdir / "config.json").to_dict() == config.to_dict()
+    assert workdir_lib.differences(load_config(workdir), config) == []
+    assert [path.name for path in workdir.iterdir()] == ["config.json"]
 
 
-def test_a_run_from_before_a_choice_existed_made_the_only_one(tmp_path):
-    path, config = epath.Path(tmp_path) / "config.json", quadratic.get_config()
+def test_a_run_from_before_some_fields_existed_did_what_their_defaults_say(tmp_path):
+    config = quadratic.get_config()
     values = config.to_dict()
-    del values["model"]["attention_dropout_on"]
-    path.write_text(json.dumps(values))
-    assert config_lib.differences(config_lib.load(path), config) == []
+    for name in ("condition_penalty", "init_from", "init_except"):
+        del values[name]
+    for name in ("layer", "kernel_size", "attention_dropout_on", "init", "init_spread"):
+        del values["model"][name]
+    assert workdir_lib.differences(load_config(workdir_of(values, tmp_path)), config) == []
 
 
 def test_differences_are_lines_to_read():
     ours, theirs = quadratic.get_config(), quadratic.get_config()
     ours.model.heads, ours.data.dir = 4, "elsewhere"
-    assert config_lib.differences(ours, theirs) == ["model.heads: 9 then, 4 now"]
+    assert workdir_lib.differences(ours, theirs) == ["model.heads: 9 then, 4 now"]
+    assert workdir_lib.differences(ours, theirs, only=("optimizer.", "dtype")) == []
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"seed": 1}', '{"model": 3}', "\x00"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"seed": 1}', '{"model": 3}', "\x00", "[" * 100_000])
 def test_a_config_file_that_is_none_is_refused(text, tmp_path):
-    path = epath.Path(tmp_path) / "config.json"
-    path.write_text(text)
     with pytest.raises(UserError, match="config.json"):
-        config_lib.load(path)
+        load_config(workdir_of(text, tmp_path))
 
 
 def test_a_config_edited_by_hand_is_checked(tmp_path):
-    path = epath.Path(tmp_path) / "config.json"
     values = quadratic.get_config().to_dict() | {"batch_size": "__import__('os')"}
-    path.write_text(json.dumps(values))
-    with pytest.raises(UserError, match="config.json.*batch_size is"):
-        config_lib.load(path)
+    with pytest.raises(UserError, match="config.json was changed: config.batch_size is"):
+        load_config(workdir_of(values, tmp_path))
+
+
+def test_a_folder_without_a_run_is_named(tmp_path):
+    with pytest.raises(UserError, match=f"{re.escape(str(tmp_path))} holds no run"):
+        load_config(epath.Path(tmp_path))
 
 
 def test_the_default_workdir_is_named_after_config_and_scale():
-    assert config_lib.default_workdir("configs/quadratic.py") == "runs/quadratic"
-    assert config_lib.default_workdir("/x/y/many_heads.py:small") == "runs/many_heads_small"
+    assert cli.workdir_for("configs/quadratic.py") == "runs/quadratic"
+    assert cli.workdir_for("/x/y/many_heads.py:small") == "runs/many_heads_small"

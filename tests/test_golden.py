@@ -7,16 +7,21 @@ import numpy as np
 import optax
 import pytest
 from flax import traverse_util
-from golden import ENCODINGS, Golden, assert_close
+from golden import ENCODINGS, Golden, assert_close, assert_trees_close
 
-from attn_cnn import optim, positions
 from attn_cnn.attention import attention_maps
+from attn_cnn.encodings import encoding_class
 from attn_cnn.model import create_model
 from attn_cnn.torch_import import import_state_dict
+from attn_cnn.training.optim import create_optimizer
 from configs import quadratic
 
-FORMS = [(e, m) for e in ENCODINGS for m in ("factored", "dense") if m == "dense" or e in positions.SEPARABLE]
+FORMS = [(e, m) for e in ENCODINGS for m in ("factored", "dense") if m == "dense" or encoding_class(e).separable]
 both_forms = pytest.mark.parametrize("encoding, mixing", FORMS)
+each_encoding_quickly = pytest.mark.parametrize(
+    "encoding, mixing",
+    [pytest.param(e, m, marks=pytest.mark.slow if (e, "factored") in FORMS and m == "dense" else ()) for e, m in FORMS],
+)
 
 
 @functools.cache
@@ -31,15 +36,20 @@ def loss_of(params, model, golden, train=False):
     return optax.softmax_cross_entropy_with_integer_labels(logits, golden.labels).mean()
 
 
-@both_forms
+@each_encoding_quickly
 def test_logits_and_loss(encoding, mixing):
     golden, _, model, params = load(encoding, mixing)
-    logits = jax.jit(model.apply)({"params": params}, golden.images)
+
+    @jax.jit
+    def logits_and_loss(params):
+        return model.apply({"params": params}, golden.images), loss_of(params, model, golden)
+
+    logits, loss = logits_and_loss(params)
     assert_close(logits, golden.arrays["logits"])
-    loss = jax.jit(functools.partial(loss_of, model=model, golden=golden))(params)
     assert_close(loss, golden.arrays["loss"])
 
 
+@pytest.mark.slow
 @both_forms
 def test_attention_probabilities(encoding, mixing):
     golden, config, model, params = load(encoding, mixing)
@@ -52,6 +62,7 @@ def test_attention_probabilities(encoding, mixing):
         np.testing.assert_allclose(ours.sum((-2, -1)), 1, rtol=1e-5)
 
 
+@pytest.mark.slow
 @both_forms
 def test_gradients(encoding, mixing):
     golden, config, model, params = load(encoding, mixing)
@@ -67,6 +78,7 @@ def test_gradients(encoding, mixing):
     assert_trees_close(ours, theirs)
 
 
+@pytest.mark.slow
 @both_forms
 def test_three_optimizer_steps(encoding, mixing):
     golden, config, model, params = load(encoding, mixing)
@@ -74,7 +86,7 @@ def test_three_optimizer_steps(encoding, mixing):
     assert settings.learning_rate == golden.settings["learning_rate"]
     assert settings.momentum == golden.settings["momentum"]
     assert settings.weight_decay == golden.settings["weight_decay"]
-    optimizer = optim.create_optimizer(settings, settings.learning_rate)
+    optimizer = create_optimizer(settings, settings.learning_rate, encoding_class(encoding).undecayed)
     opt_state = optimizer.init(params)
 
     @jax.jit
@@ -89,11 +101,4 @@ def test_three_optimizer_steps(encoding, mixing):
         losses.append(loss)
     assert_close(losses, golden.arrays["losses"], "losses")
     theirs = import_state_dict(golden.state_dict("after_3_steps/"), config)
-    flatten = functools.partial(traverse_util.flatten_dict, sep="/")
-    assert_trees_close(flatten(params), flatten(theirs))
-
-
-def assert_trees_close(ours, theirs):
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        assert_close(ours[name], theirs[name], name)
+    assert_trees_close(params, theirs)

@@ -1,4 +1,4 @@
-"""Several processes on 127.0.0.1 stand for several hosts: same losses, same checkpoints, no one left hanging."""
+"""Several processes on 127.0.0.1, which stand for several hosts, train as one, and none is left hanging."""
 
 import signal
 import socket
@@ -10,8 +10,8 @@ import program
 import pytest
 from etils import epath
 
-from attn_cnn import config as config_lib
 from attn_cnn import train
+from attn_cnn.training.experiment import load_config
 
 FLAGS = (
     "--config.epochs=2",
@@ -66,15 +66,30 @@ def two_hosts(tmp_path_factory):
     return workdir, outputs
 
 
-def test_two_hosts_of_two_devices_train_as_one_of_four_and_one_of_one(two_hosts, tmp_path):
+@pytest.fixture(scope="module")
+def one_host(tmp_path_factory):
+    """The losses of one host, by its number of devices."""
+    folder = tmp_path_factory.mktemp("one_host")
+    for devices in (1, 4):
+        program.run(f"--workdir={folder / str(devices)}", *FLAGS, devices=devices)
+    return {devices: losses(folder / str(devices)) for devices in (1, 4)}
+
+
+@pytest.mark.slow
+def test_losses_are_the_same_on_one_and_on_four_devices(one_host):
+    assert len(one_host[1]) == 28
+    np.testing.assert_allclose(one_host[1][:20], one_host[4][:20], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_two_hosts_of_two_devices_train_as_one_of_four_and_one_of_one(two_hosts, one_host):
     workdir, _ = two_hosts
     for devices in (4, 1):
-        alone = tmp_path / str(devices)
-        program.run(f"--workdir={alone}", *FLAGS, devices=devices)
-        assert len(losses(alone)) == 28
-        np.testing.assert_allclose(losses(workdir)[:20], losses(alone)[:20], rtol=1e-5)
+        assert len(one_host[devices]) == 28
+        np.testing.assert_allclose(losses(workdir)[:20], one_host[devices][:20], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_one_host_speaks_and_writes_for_all(two_hosts):
     workdir, (first, second) = two_hosts
     assert "epoch 2/2" in first and "epoch" not in second
@@ -82,18 +97,20 @@ def test_one_host_speaks_and_writes_for_all(two_hosts):
     assert len(losses(workdir)) == 28
 
 
+@pytest.mark.slow
 def test_evaluation_by_two_hosts_equals_that_by_one_exactly(two_hosts):
     workdir, _ = two_hosts
     statuses, (by_two, _) = finish(start_hosts(workdir, *FLAGS, "--mode=evaluate"))
     by_one = program.run(f"--workdir={workdir}", *FLAGS, "--mode=evaluate").stderr
     assert statuses == [0, 0] and by_one.split(": test")[1] in by_two
     # The log has four decimals; the event file, which two hosts' last evaluation went into, has all.
-    config = config_lib.load(epath.Path(workdir) / "config.json")
+    config = load_config(epath.Path(workdir))
     again = train.evaluate(config, workdir)
     assert np.float32(again["loss"]) == np.float32(program.scalars(workdir, "test/loss")[-1][1])
     assert np.float32(again["accuracy"]) == np.float32(program.scalars(workdir, "test/accuracy")[-1][1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first, second", [(2, 1), (1, 2)])
 def test_a_checkpoint_of_some_hosts_is_resumed_by_others(first, second, two_hosts, tmp_path):
     reference, _ = two_hosts
@@ -115,6 +132,7 @@ def test_a_checkpoint_of_some_hosts_is_resumed_by_others(first, second, two_host
     np.testing.assert_allclose(losses(workdir), losses(reference), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_host_stops_all_at_the_same_step(tmp_path):
     processes = start_hosts(tmp_path / "run", *LONG)
     program.wait_for(processes[0], "epoch 2/")
@@ -126,6 +144,7 @@ def test_sigterm_to_one_host_stops_all_at_the_same_step(tmp_path):
     assert (tmp_path / "run" / "checkpoints" / str(step)).is_dir()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_when_a_host_dies_the_others_end_and_a_restart_resumes(victim, tmp_path):
     processes = start_hosts(tmp_path / "run", *LONG)
@@ -149,17 +168,20 @@ def test_when_a_host_dies_the_others_end_and_a_restart_resumes(victim, tmp_path)
     assert set(finish(processes)[0]) == {128 + signal.SIGTERM}
 
 
+@pytest.mark.slow
 def test_half_the_flags_are_an_error():
     done = program.run("--num_processes=2", check=False)
     assert done.returncode == 1 and "need all of --coordinator_address" in done.stderr
 
 
+@pytest.mark.slow
 def test_hosts_with_different_configs_are_stopped(tmp_path):
     processes = start_hosts(tmp_path / "run", *FLAGS, flags_of_second=("--config.seed=1",))
     statuses, outputs = finish(processes)
     assert statuses == [1, 1] and all("different configs" in output for output in outputs), outputs
 
 
+@pytest.mark.slow
 def test_what_stops_the_first_host_stops_the_others(two_hosts):
     workdir, _ = two_hosts
     statuses, (first, second) = finish(start_hosts(workdir, *FLAGS, "--config.seed=7"), timeout=100)
@@ -167,6 +189,7 @@ def test_what_stops_the_first_host_stops_the_others(two_hosts):
     assert "seed: 0 then, 7 now" in first and "process 0 cannot go on" in second
 
 
+@pytest.mark.slow
 def test_hosts_that_do_not_share_the_workdir_are_stopped(tmp_path):
     elsewhere = (f"--workdir={tmp_path}/elsewhere",)
     statuses, outputs = finish(start_hosts(tmp_path / "run", *FLAGS, flags_of_second=elsewhere), timeout=60)

@@ -1,6 +1,5 @@
-"""What happens to a run: signals, rivals, disks, numbers that are not. Nothing is lost and each says what it is."""
+"""Signals, rivals, full disks, damage and numbers that are not: a run loses nothing by them, and says what it met."""
 
-import resource
 import shutil
 import signal
 import subprocess
@@ -9,27 +8,63 @@ import time
 import program
 import pytest
 
+from attn_cnn import train
+from attn_cnn.errors import UserError
+from attn_cnn.training.experiment import load_config
+from attn_cnn.training.workdir import open_workdir
+
 LONG = ("--config.epochs=2000", "--config.checkpoint.every_epochs=1")
+THREE_EPOCHS = ("--config.epochs=3", "--config.checkpoint.every_epochs=1")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_the_step_in_flight(number, tmp_path):
+@pytest.fixture(scope="module")
+def peaceful(tmp_path_factory):
+    """The workdir of a run of three epochs that nothing disturbs, with the checkpoint of each."""
+    workdir = tmp_path_factory.mktemp("peaceful") / "run"
+    program.run(f"--workdir={workdir}", *THREE_EPOCHS)
+    return workdir
+
+
+@pytest.fixture
+def finished(peaceful, tmp_path):
+    """A copy of it, to do harm to."""
+    return shutil.copytree(peaceful, tmp_path / "run")
+
+
+@pytest.fixture
+def resume(caplog):
+    """Starts the run in a workdir again, in this process, and returns the log of that start."""
+    caplog.set_level("INFO", "attn_cnn")
+
+    def resume(workdir):
+        caplog.clear()
+        train.train(load_config(open_workdir(workdir)), workdir)
+        return caplog.text
+
+    return resume
+
+
+@pytest.mark.slow
+def test_a_signal_saves_the_step_in_flight(tmp_path):
     workdir = tmp_path / "run"
     process = program.start(f"--workdir={workdir}", *LONG)
     program.wait_for(process, "epoch 2/")
-    process.send_signal(number)
-    started = time.monotonic()
-    output = process.communicate(timeout=30)[1]
-    assert time.monotonic() - started < 30
-    assert process.returncode == 128 + number
-    step = int(output.split("stopped at step ")[1].split(";")[0])
-    assert program.newest_checkpoint(workdir) == step
-    process = program.start(f"--workdir={workdir}", *LONG)
-    program.wait_for(process, f"Resuming {workdir} at step {step} of")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        process.send_signal(number)
+        started = time.monotonic()
+        output = process.communicate(timeout=30)[1]
+        assert time.monotonic() - started < 30
+        assert process.returncode == 128 + number
+        step = int(output.split("stopped at step ")[1].split(";")[0])
+        assert program.newest_checkpoint(workdir) == step
+        process = program.start(f"--workdir={workdir}", *LONG)
+        program.wait_for(process, f"Resuming {workdir} at step {step} of")
+        program.wait_for(process, "epoch")
     process.kill()
     process.wait()
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_stops_at_once(tmp_path):
     process = program.start(f"--workdir={tmp_path}/run", *LONG)
     program.wait_for(process, "epoch 1/")
@@ -39,6 +74,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
     assert process.wait(timeout=5) == -signal.SIGINT
 
 
+@pytest.mark.slow
 def test_a_second_process_is_refused_and_a_dead_one_does_not_block(tmp_path):
     flags = (f"--workdir={tmp_path}/run", *LONG)
     process = program.start(*flags)
@@ -55,7 +91,8 @@ def test_a_second_process_is_refused_and_a_dead_one_does_not_block(tmp_path):
     process.wait()
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_the_last_checkpoint_stays(tmp_path):
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_ends_the_run_and_the_last_checkpoint_stays(tmp_path, resume, caplog):
     flags = (
         f"--workdir={tmp_path}/run",
         "--config.epochs=20",
@@ -71,53 +108,42 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_the_last_checkpoint_stays(tm
     assert "Traceback" not in first.stderr
     step = program.newest_checkpoint(tmp_path / "run")
     assert f"The checkpoint of step {step} is untouched" in first.stderr
-    second = program.run(*flags, check=False)
-    assert f"Resuming {tmp_path}/run at step {step} " in second.stderr
-    assert second.stderr.split("error:")[1] == first.stderr.split("error:")[1]
+    with pytest.raises(UserError) as second:
+        resume(tmp_path / "run")
+    assert f"Resuming {tmp_path}/run at step {step} " in caplog.text
+    assert str(second.value) == first.stderr.split("error:")[1].strip()
 
 
-def test_a_damaged_newest_checkpoint_costs_one_interval(tmp_path):
-    flags = (f"--workdir={tmp_path}/run", "--config.epochs=3", "--config.checkpoint.every_epochs=1")
-    program.run(*flags)
-    before = program.scalars(tmp_path / "run", "test/loss")
-    for file in (tmp_path / "run" / "checkpoints" / "42" / "state").rglob("*"):
+@pytest.mark.slow
+def test_a_damaged_newest_checkpoint_costs_one_interval(finished, resume):
+    before = program.scalars(finished, "test/loss")
+    for file in (finished / "checkpoints" / "42" / "state").rglob("*"):
         if file.is_file():
             file.write_bytes(b"")
-    done = program.run(*flags)
-    assert "Damaged checkpoint" in done.stderr and "checkpoints/42" in done.stderr
-    assert "at step 28 of 42" in done.stderr
-    assert program.scalars(tmp_path / "run", "test/loss") == before
+    log = resume(finished)
+    assert "Damaged checkpoint" in log and "checkpoints/42" in log
+    assert "at step 28 of 42" in log
+    assert program.scalars(finished, "test/loss") == before
 
 
-def test_a_full_disk_is_named_and_nothing_earlier_is_lost(tmp_path):
-    flags = (f"--workdir={tmp_path}/run", *LONG)
-    process = program.start(*flags)
-    program.wait_for(process, "epoch 2/")
-    process.send_signal(signal.SIGTERM)
-    process.communicate()
-    step = program.newest_checkpoint(tmp_path / "run")
-
-    def no_file_beyond_4_kib():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-
+@pytest.mark.slow
+def test_a_full_disk_is_named_and_nothing_earlier_is_lost(finished, resume):
+    shutil.rmtree(finished / "checkpoints" / "42")
+    no_file_beyond_4_kib = ("bash", "-c", 'trap "" XFSZ; ulimit -f 4; exec "$@"', "bash")
     process = subprocess.Popen(
-        program.command(*flags),
+        [*no_file_beyond_4_kib, *program.command(f"--workdir={finished}", *THREE_EPOCHS)],
         cwd=program.ROOT,
         env=program.environment(),
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=no_file_beyond_4_kib,
     )
     output = process.communicate(timeout=120)[1]
     assert process.returncode == 1
     assert "cannot be written" in output and "Traceback" not in output
-    process = program.start(*flags)
-    program.wait_for(process, f"Resuming {tmp_path}/run at step {step} of")
-    process.kill()
-    process.wait()
+    assert f"Resuming {finished} at step 28 of" in resume(finished)
 
 
+@pytest.mark.slow
 def test_a_workdir_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     done = program.run(f"--workdir={tmp_path}/file/run", check=False)
@@ -125,46 +151,43 @@ def test_a_workdir_that_cannot_be_made_is_named(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epoch", [1, 3])
-def test_a_signal_during_evaluation_costs_neither_the_evaluation_nor_its_metrics(epoch, tmp_path):
-    flags = ("--config.epochs=3", "--config.checkpoint.every_epochs=1")
-    peaceful, workdir = tmp_path / "peaceful", tmp_path / "run"
-    program.run(f"--workdir={peaceful}", *flags)
-    program.run(f"--workdir={workdir}", *flags)
+def test_a_signal_during_evaluation_costs_neither_the_evaluation_nor_its_metrics(epoch, peaceful, finished, resume):
     # What a stop in an epoch's evaluation leaves: its last step's checkpoint, without metrics.
-    checkpoints = workdir / "checkpoints"
+    checkpoints = finished / "checkpoints"
     for step in range(epoch + 1, 4):
         shutil.rmtree(checkpoints / str(14 * step))
     shutil.rmtree(checkpoints / str(14 * epoch) / "metrics")
-    done = program.run(f"--workdir={workdir}", *flags)
-    assert f"Resuming {workdir} at step {14 * epoch} of 42" in done.stderr and f"epoch {epoch}/3" in done.stderr
+    log = resume(finished)
+    assert f"Resuming {finished} at step {14 * epoch} of 42" in log and f"epoch {epoch}/3" in log
     for tag in ("train/loss", "test/loss", "test/accuracy"):
-        assert program.scalars(workdir, tag) == program.scalars(peaceful, tag)
-    done = program.run(f"--workdir={workdir}", *flags)
-    assert "finished" in done.stderr and "Resuming" not in done.stderr
+        assert program.scalars(finished, tag) == program.scalars(peaceful, tag)
+    log = resume(finished)
+    assert "finished" in log and "Resuming" not in log
 
 
-def test_a_damaged_metrics_item_costs_an_evaluation(tmp_path):
-    flags = (f"--workdir={tmp_path}/run", "--config.epochs=1")
-    before = program.run(*flags).stderr
-    (tmp_path / "run" / "checkpoints" / "14" / "metrics" / "metrics").write_bytes(b"")
-    done = program.run(*flags)
-    assert "metrics is damaged" in done.stderr
-    assert done.stderr.split("finished")[1] == before.split("finished")[1]
+@pytest.mark.slow
+def test_a_damaged_metrics_item_costs_an_evaluation(finished, resume):
+    before = resume(finished)
+    (finished / "checkpoints" / "42" / "metrics" / "metrics").write_bytes(b"")
+    log = resume(finished)
+    assert "metrics is damaged" in log
+    assert log.split("finished")[1] == before.split("finished")[1]
 
 
-def test_a_byte_flipped_in_the_metrics_does_not_stop_the_run(tmp_path):
-    flags = (f"--workdir={tmp_path}/run", "--config.epochs=2", "--config.checkpoint.every_epochs=1")
-    program.run(*flags)
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "28")
-    (events,) = (tmp_path / "run" / "metrics").iterdir()
+@pytest.mark.slow
+def test_a_byte_flipped_in_the_metrics_does_not_stop_the_run(finished, resume):
+    shutil.rmtree(finished / "checkpoints" / "42")
+    (events,) = (finished / "metrics").iterdir()
     content = bytearray(events.read_bytes())
     content[len(content) // 2] ^= 0xFF
     events.write_bytes(bytes(content))
-    done = program.run(*flags)
-    assert "damaged or cut at byte" in done.stderr and "finished" in done.stderr
+    log = resume(finished)
+    assert "damaged or cut at byte" in log and "finished" in log
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workdir", ["memory://run", "nothing://run"])
 def test_a_workdir_that_cannot_hold_checkpoints_is_refused(workdir):
     done = program.run(f"--workdir={workdir}", check=False)

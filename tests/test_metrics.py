@@ -3,8 +3,10 @@
 import pytest
 from etils import epath
 
-from attn_cnn import metrics
 from attn_cnn.errors import UserError
+from attn_cnn.training import metrics
+
+pytestmark = pytest.mark.slow  # TensorFlow is imported
 
 
 @pytest.fixture

@@ -1,7 +1,9 @@
-"""The classifier: its patches, its parameters, its initialisation, its dtypes."""
+"""The classifier: its patches, its layers of any kind, its parameters and how they start, its types of number."""
 
+import functools
 import importlib
 
+import flax.linen as nn
 import jax
 import jax.flatten_util
 import jax.numpy as jnp
@@ -9,14 +11,17 @@ import numpy as np
 import optax
 import pytest
 from flax import traverse_util
-from golden import Golden
+from golden import Golden, assert_close, small_model
 from test_config import EXPERIMENTS
 
-from attn_cnn import positions
+from attn_cnn.attention import attention_maps
+from attn_cnn.encodings import ENCODINGS, LearnedEncoding
 from attn_cnn.errors import UserError
-from attn_cnn.model import create_model, patches
-from configs import learned, quadratic, quadratic_generalized, resnet18
+from attn_cnn.layers import LinearMap
+from attn_cnn.model import EncoderLayer, abstract_variables, create_model, has_penalty, patches
+from configs import gated, learned, quadratic, resnet18
 
+LEARNED = [name for name, encoding in ENCODINGS.items() if issubclass(encoding, LearnedEncoding)]
 IMAGES = jax.random.normal(jax.random.key(0), (2, 8, 8, 1))
 
 
@@ -37,7 +42,9 @@ def test_patches_are_ordered_by_row_column_channel():
 
 
 def test_linear_layers_start_uniform_in_the_inverse_root_of_fan_in():
-    _, variables = init(quadratic.get_config("digits"))
+    config = quadratic.get_config("digits")
+    config.model.layers = 1
+    _, variables = init(config)
     params = flat(variables["params"])
     for name, fan_in in {"value": 9 * 64}.items():
         for leaf in ("kernel", "bias"):
@@ -48,30 +55,8 @@ def test_linear_layers_start_uniform_in_the_inverse_root_of_fan_in():
     assert np.std(params["layer_0/mlp_out/kernel"]) == pytest.approx(128**-0.5 / 3**0.5, rel=0.05)
 
 
-def test_positions_start_as_the_paper_says():
-    config = quadratic.get_config("digits")
-    config.model.heads = 1000
-    config.model.hidden_size = 2
-    _, variables = init(config)
-    attention = variables["params"]["layer_0"]["attention"]
-    assert np.std(attention["centers"]) == pytest.approx(2, rel=0.1)
-    assert np.mean(attention["spreads"]) == pytest.approx(1, abs=0.002)
-    assert np.std(attention["spreads"]) == pytest.approx(0.01, rel=0.1)
-    config = quadratic_generalized.get_config("digits")
-    config.model.heads = 1000
-    config.model.hidden_size = 2
-    spreads = init(config)[1]["params"]["layer_0"]["attention"]["spreads"]
-    np.testing.assert_allclose(spreads.mean(0), np.eye(2), atol=0.002)
-    assert np.std(spreads - np.eye(2)) == pytest.approx(0.01, rel=0.1)
-
-
-def test_embeddings_start_as_unit_normals():
-    table = init(learned.get_config("digits"))[1]["params"]["layer_0"]["attention"]["row_embeddings"]
-    assert table.shape == (7, 64)
-    assert np.std(table) == pytest.approx(1, rel=0.15)
-
-
-@pytest.mark.parametrize("encoding", positions.LEARNED)
+@pytest.mark.slow
+@pytest.mark.parametrize("encoding", LEARNED)
 def test_shared_tables_reach_every_layer(encoding):
     config = learned.get_config("digits")
     config.model.encoding = encoding
@@ -91,7 +76,7 @@ def test_shared_tables_reach_every_layer(encoding):
 def test_tables_of_another_width():
     config = learned.get_config("digits")
     config.model.embedding_size = 20
-    params = flat(init(config)[1]["params"])
+    params = flat(abstract_variables(config.model)["params"])
     assert params["layer_1/attention/row_embeddings"].shape == (7, 20)
     assert params["layer_1/attention/row_head_keys/kernel"].shape == (20, 9)
     config.model.encoding = "learned_query"
@@ -99,19 +84,21 @@ def test_tables_of_another_width():
         create_model(config.model)
 
 
-@pytest.mark.parametrize("encoding", positions.ENCODINGS)
+@pytest.mark.slow
+@pytest.mark.parametrize("encoding", ENCODINGS)
 def test_bfloat16_computes_close_to_float32_from_float32_parameters(encoding):
-    golden = Golden(encoding)
-    reference = create_model(golden.model())
-    model = create_model(golden.model(), dtype="bfloat16")
-    params = model.init(jax.random.key(0), golden.images)
+    images = Golden("quadratic").images
+    reference = create_model(small_model(encoding))
+    model = create_model(small_model(encoding), dtype="bfloat16")
+    params = model.init(jax.random.key(0), images)
     assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(params))
-    logits = jax.jit(model.apply)(params, golden.images)
-    expected = jax.jit(reference.apply)(params, golden.images)
+    logits = jax.jit(model.apply)(params, images)
+    expected = jax.jit(reference.apply)(params, images)
     assert logits.dtype == jnp.float32
     assert 0 < np.abs(logits - expected).max() < 0.05 * np.abs(expected).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_in_bfloat16_the_loss_of_every_config_is_within_a_thousandth_and_its_gradients_within_3_percent(experiment):
     config = importlib.import_module(f"configs.{experiment}").get_config("digits")
@@ -133,6 +120,97 @@ def test_in_bfloat16_the_loss_of_every_config_is_within_a_thousandth_and_its_gra
     assert jnp.linalg.norm(gradients - expected_gradients) < 0.03 * jnp.linalg.norm(expected_gradients)
 
 
+def test_layers_have_as_many_heads_as_they_are_given_and_those_with_heads_have_maps():
+    config = small_model("quadratic", layers=3, heads=(4, 0, 9))
+    images, model = Golden("quadratic").images, create_model(config)
+    params = abstract_variables(config)["params"]
+    maps = jax.eval_shape(functools.partial(attention_maps, model), params, images)
+    assert [m.shape for m in maps] == [(1, n, 6, 6, 6, 6) for n in (4, 9)]
+    for i, heads in enumerate((4, 0, 9)):
+        layer = params[f"layer_{i}"]["attention"]
+        assert layer["value"]["bias"].shape == (12,)
+        if heads:
+            assert layer["value"]["kernel"].shape == (heads, 12, 12) and layer["centers"].shape == (heads, 2)
+    assert flat(params["layer_1"]["attention"]).keys() == {"value/bias"}
+
+
+@pytest.mark.slow
+def test_a_layer_without_heads_passes_its_bias_on():
+    images, model = Golden("quadratic").images, create_model(small_model("quadratic", layers=3, heads=(4, 0, 9)))
+    params = jax.jit(model.init)(jax.random.key(0), images)["params"]
+    apply = jax.jit(model.apply)
+    changed = params | {"layer_1": params["layer_1"] | {"attention": {"value": {"bias": jnp.arange(12.0)}}}}
+    assert np.abs(apply({"params": changed}, images) - apply({"params": params}, images)).max() > 1e-3
+
+
+@pytest.mark.parametrize("layer", ["convolution", ("attention", "convolution")])
+def test_a_layer_can_be_a_convolution(layer):
+    config = small_model("learned", layer=layer, kernel_size=2, heads=9)
+    images, model = Golden("quadratic").images, create_model(config)
+    params = abstract_variables(config)["params"]
+    kinds = layer if type(layer) is tuple else (layer, layer)
+    for i, kind in enumerate(kinds):
+        assert ("attention" in params[f"layer_{i}"], "convolution" in params[f"layer_{i}"]) == (
+            kind == "attention",
+            kind == "convolution",
+        )
+    assert flat(params)["layer_1/convolution/convolution/kernel"].shape == (2, 2, 12, 12)
+    assert jax.eval_shape(model.apply, {"params": params}, images).shape == (2, 10)
+    maps = kinds.count("attention")
+    if maps:
+        assert len(jax.eval_shape(functools.partial(attention_maps, model), params, images)) == maps
+    else:
+        with pytest.raises(UserError, match="no attention layers"):
+            jax.eval_shape(functools.partial(attention_maps, model), params, images)
+
+
+def test_an_encoder_layer_is_its_formula_with_any_mixer():
+    class Shift(nn.Module):
+        """A mixer that looks at the pixel above."""
+
+        @nn.compact
+        def __call__(self, x, then: LinearMap, tables=None, *, train=False):
+            return then(jnp.roll(x, 1, axis=1))
+
+    layer, x = EncoderLayer(Shift, mlp_size=7, dropout=0.0), jax.random.normal(jax.random.key(0), (2, 3, 4, 6))
+    params = jax.jit(layer.init)(jax.random.key(1), x)["params"]
+
+    def dense(name, x):
+        return x @ params[name]["kernel"] + params[name]["bias"]
+
+    def norm(x):
+        x = x - x.mean(-1, keepdims=True)
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-12)
+
+    y = norm(x + dense("attention_output", np.roll(x, 1, axis=1)))
+    hidden = dense("mlp_in", y)
+    gelu = hidden * 0.5 * (1 + jax.scipy.special.erf(hidden / 2**0.5))
+    assert_close(layer.apply({"params": params}, x), norm(y + dense("mlp_out", gelu)))
+
+
+@pytest.mark.parametrize("field, value", [("heads", (4, 9, 4)), ("layer", ("attention", "attention", "convolution"))])
+def test_a_tuple_that_is_not_one_value_for_each_layer_is_refused(field, value):
+    with pytest.raises(UserError, match=rf"model\.{field} is .*layers is 2; give one for each layer, or one for all"):
+        create_model(small_model("quadratic", **{field: value}))
+
+
+def test_only_a_model_with_heads_of_full_covariance_has_a_penalty():
+    generalized = {"layer": "attention", "encoding": "quadratic_generalized"}
+    assert has_penalty(small_model(**generalized))
+    assert has_penalty(small_model(**generalized | {"heads": (0, 4)}))
+    assert not has_penalty(small_model(**generalized | {"heads": 0}))
+    assert not has_penalty(small_model(**generalized | {"layer": "convolution"}))
+    assert not has_penalty(small_model(**generalized | {"layer": ("attention", "convolution"), "heads": (0, 4)}))
+    assert not has_penalty(small_model(**generalized | {"encoding": "quadratic"}))
+    assert not has_penalty(resnet18.get_config().model)
+
+
+def test_gated_attention_at_the_papers_scale_has_as_many_parameters_as_its_parts():
+    variables = abstract_variables(gated.get_config().model)
+    assert sum(p.size for p in jax.tree.leaves(variables)) == 29_410_098
+
+
+@pytest.mark.slow
 def test_resnet_halves_the_grid_three_times_and_keeps_statistics():
     model, variables = init(resnet18.get_config("digits"))
     logits, new = model.apply(variables, IMAGES, train=False, mutable=["batch_stats"])

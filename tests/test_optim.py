@@ -7,9 +7,10 @@ import numpy as np
 import optax
 import pytest
 
-from attn_cnn import optim
+from attn_cnn import model
 from attn_cnn.errors import UserError
-from configs import quadratic, resnet18
+from attn_cnn.training import optim
+from configs import gated, quadratic, quadratic_generalized, resnet18
 
 
 def test_cosine_rises_for_a_twentieth_of_the_steps_and_falls_to_zero():
@@ -35,20 +36,42 @@ def test_a_decay_beyond_the_run_is_an_error():
         optim.create_schedule(resnet18.get_config().optimizer, 500, 200)
 
 
-def update(optimizer_config, params, gradients):
-    optimizer = optim.create_optimizer(optimizer_config, 0.5)
+def update(optimizer_config, params, gradients, undecayed=()):
+    optimizer = optim.create_optimizer(optimizer_config, 0.5, undecayed)
     updates, _ = optimizer.update(gradients, optimizer.init(params), params)
     return optax.apply_updates(params, updates)
 
 
-def test_weight_decay_is_added_to_the_gradient_of_all_but_centers_and_spreads():
-    config = quadratic.get_config().optimizer
-    config.weight_decay = 0.1
-    params = {name: jnp.array(2.0) for name in ("centers", "spreads", "kernel", "bias", "scale")}
-    after = update(config, params, {name: jnp.array(1.0) for name in params})
-    for name, value in after.items():
-        decay = 0.0 if name in ("centers", "spreads") else 0.1 * 2
+@pytest.mark.parametrize(
+    "experiment, spared",
+    [
+        (quadratic, {"centers", "spreads"}),
+        (quadratic_generalized, {"centers", "spreads"}),
+        (gated, {"centers", "spreads", "gates"}),
+        (resnet18, set()),
+    ],
+)
+def test_weight_decay_is_added_to_the_gradient_of_all_but_a_heads_place_and_gate(experiment, spared):
+    config = experiment.get_config()
+    config.optimizer.weight_decay = 0.1
+    params = {name: jnp.array(2.0) for name in ("centers", "spreads", "gates", "kernel", "bias", "scale")}
+    gradients = {name: jnp.array(1.0) for name in params}
+    after = update(config.optimizer, {"layer": params}, {"layer": gradients}, model.undecayed(config.model))
+    for name, value in after["layer"].items():
+        decay = 0.0 if name in spared else 0.1 * 2
         assert value == pytest.approx(2 - 0.5 * (1 + decay)), name
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam"])
+def test_momentum_is_of_both_optimizers(name):
+    config = quadratic.get_config().optimizer
+    config.name, config.momentum, config.weight_decay = name, 0.5, 0.0
+    optimizer, params = optim.create_optimizer(config, 0.5), {"kernel": jnp.array(2.0)}
+    _, state = optimizer.update({"kernel": jnp.array(1.0)}, optimizer.init(params), params)
+    updates, _ = optimizer.update({"kernel": jnp.array(0.0)}, state, params)
+    # SGD goes on with half of the gradient; of Adam's moments, 0.25 / (1 - 0.5^2) and 0.999e-3 / (1 - 0.999^2).
+    expected = 0.5 * 0.5 if name == "sgd" else 0.5 * (1 / 3) / math.sqrt(0.999e-3 / (1 - 0.999**2))
+    assert updates["kernel"] == pytest.approx(-expected, rel=1e-4)
 
 
 def test_adam_moves_by_the_learning_rate():

@@ -1,10 +1,13 @@
-"""describe: the parameters and FLOPs of the experiments are the paper's."""
+"""What describe prints: the parameters and FLOPs of the experiments are the paper's."""
 
 import importlib
 
 import pytest
+from test_config import EXPERIMENTS
 
 from attn_cnn import report
+from attn_cnn.model import abstract_variables
+from configs import quadratic
 
 TABLE = {  # parameters, and the paper's FLOPs where it gives them
     "quadratic": (12_086_844, "6.2B"),
@@ -13,29 +16,42 @@ TABLE = {  # parameters, and the paper's FLOPs where it gives them
     "learned": (12_278_682, "6.2B"),
     "learned_query": (20_822_682, None),
     "learned_content": (29_484_282, "15B"),
+    "learned_content_position": (29_601_882, None),
+    "gated": (29_410_098, None),
     "resnet18": (11_173_962, "1.1B"),
 }
 
 
-@pytest.mark.parametrize("experiment", TABLE)
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_parameters_and_flops(experiment):
-    model = importlib.import_module(f"configs.{experiment}").get_config().model
-    parameters, flops = TABLE[experiment]
-    assert report.count_parameters(report.abstract_variables(model)["params"]) == parameters
-    if flops:
-        assert report._si(report.paper_flops(model)) == flops
+    module = importlib.import_module(f"configs.{experiment}")
+    model, (parameters, flops) = module.get_config().model, TABLE[experiment]
+    counted = report.paper_flops(model)
+    assert report.count_parameters(abstract_variables(model)["params"]) == parameters
+    assert flops in (None, report.si(counted))
+    assert f"{parameters / 1e6:.1f}M parameters, {counted / 1e9:.2g} GFLOPs an image" in module.__doc__
 
 
-def test_the_compiler_counts_at_least_the_linear_layers():
-    model = importlib.import_module("configs.quadratic").get_config("digits").model
+@pytest.fixture
+def model():
+    model = quadratic.get_config("digits").model
+    model.layers = 1
+    return model
+
+
+def test_two_digits_and_a_letter():
+    assert [report.si(n) for n in (0, 950, 1_249, 5_560_000, 14_999_999_999)] == ["0", "950", "1.2K", "5.6M", "15B"]
+
+
+def test_the_compiler_counts_at_least_the_linear_layers(model):
     linear, whole = report.paper_flops(model), report.compiled_flops(model)
     assert linear < whole < 2 * linear
 
 
-def test_describe_names_every_parameter_and_the_totals():
-    model = importlib.import_module("configs.quadratic").get_config("digits").model
+def test_describe_names_every_parameter_and_the_totals(model):
     text = report.describe(model)
-    lines = [line.split() for line in text.splitlines()]
-    assert ["layer_2/attention/value/kernel", "9x64x64", "36,864"] in lines
-    total = report.count_parameters(report.abstract_variables(model)["params"])
-    assert f"{total:,}" in text and "paper's way" in text and "compiler's" in text
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    assert ["layer_0/attention/value/kernel", "(9, 64, 64)", "float32", "36,864"] in rows
+    total = report.count_parameters(abstract_variables(model)["params"])
+    assert sum(int(row[3].replace(",", "")) for row in rows if row and row[0] != "Name") == total
+    assert f"parameters                    {total:,}" in text and "paper's way" in text and "compiler's" in text

@@ -1,22 +1,19 @@
 """Checkpoints of the paper's PyTorch code become workdirs of ours; what does not fit is named."""
 
+import sys
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from flax import traverse_util
 from golden import Golden, assert_close
 
 from attn_cnn import report, train
 from attn_cnn.errors import UserError
-from attn_cnn.model import create_model
-from attn_cnn.torch_import import (
-    _torch_names,
-    import_checkpoint,
-    import_state_dict,
-    import_variables,
-    read_checkpoint,
-)
-from configs import quadratic, resnet18
+from attn_cnn.model import abstract_variables, create_model
+from attn_cnn.torch_import import import_checkpoint, import_state_dict, import_variables, read_checkpoint, torch_names
+from configs import gated, quadratic, resnet18
 
 
 def test_every_misfit_is_named():
@@ -42,12 +39,24 @@ def test_a_state_dict_of_another_encoding_is_refused():
         import_state_dict(Golden("learned").state_dict(), Golden("quadratic").model())
 
 
+def test_an_encoding_that_the_original_lacks_is_refused():
+    with pytest.raises(UserError, match="the gated encoding is not in the paper's code"):
+        import_state_dict({}, gated.get_config("digits").model)
+
+
+def test_a_layer_that_the_original_lacks_is_refused():
+    golden = Golden("quadratic")
+    with pytest.raises(UserError, match="the paper's code has no convolution layers; set config.model.layer"):
+        import_state_dict(golden.state_dict(), golden.model(layer="convolution"))
+
+
 def test_buffers_are_no_parameters():
     golden = Golden("learned")
     state = golden.state_dict() | {"encoder.layer.0.attention.self.relative_indices": np.zeros((8, 8), int)}
     import_state_dict(state, golden.model())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["learned", "learned_query"])
 def test_shared_tables_must_be_the_same_in_every_layer(encoding):
     golden = Golden(encoding)
@@ -94,12 +103,11 @@ def resnet_state_dict(model):
     return state
 
 
+@pytest.mark.slow
 def test_resnet_and_its_statistics():
     model = resnet18.get_config("small").model
     variables = import_variables(resnet_state_dict(model), model)
-    assert report.count_parameters(variables["params"]) == report.count_parameters(
-        report.abstract_variables(model)["params"]
-    )
+    assert report.count_parameters(variables["params"]) == report.count_parameters(abstract_variables(model)["params"])
     logits = create_model(model).apply(variables, jnp.ones((2, 32, 32, 3)))
     assert np.isfinite(logits).all()
 
@@ -136,12 +144,10 @@ def test_resnet_computes_what_pytorch_does():
 
 def digits_state_dict(config):
     """A state dict that fits `config`, in PyTorch's shapes."""
-    from flax import traverse_util
-
     rng, state = np.random.default_rng(0), {}
-    params = traverse_util.flatten_dict(report.abstract_variables(config.model)["params"])
+    params = traverse_util.flatten_dict(abstract_variables(config.model)["params"])
     for path, leaf in params.items():
-        (name,) = _torch_names(path, config.model)
+        (name,) = torch_names(path, config.model)
         shape = leaf.shape
         if path[-1] == "kernel":
             outputs = shape[-1]
@@ -150,6 +156,7 @@ def digits_state_dict(config):
     return state
 
 
+@pytest.mark.slow
 def test_an_npz_becomes_a_workdir_that_evaluates_and_resumes(tmp_path):
     config = quadratic.get_config("digits")
     config.epochs, config.model.layers = 1, 1
@@ -162,6 +169,7 @@ def test_an_npz_becomes_a_workdir_that_evaluates_and_resumes(tmp_path):
     assert train.evaluate(config, workdir)["loss"] != before["loss"]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_the_original_resumes_after_its_epoch(tmp_path):
     torch = pytest.importorskip("torch", reason="needs PyTorch")
     config = quadratic.get_config("digits")
@@ -191,7 +199,7 @@ def test_a_pickle_is_not_executed(tmp_path):
 
 
 def test_without_pytorch_the_message_says_what_to_do(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "torch", None)
+    monkeypatch.setitem(sys.modules, "torch", None)
     (tmp_path / "x.pt").write_bytes(b"")
     with pytest.raises(UserError, match="pip install torch, or pass an .npz"):
         read_checkpoint(epath.Path(tmp_path) / "x.pt")

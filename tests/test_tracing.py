@@ -4,8 +4,12 @@ import gzip
 import json
 
 import program
+import pytest
+
+from attn_cnn import train
 
 
+@pytest.mark.slow
 def test_profile_traces_steps(tmp_path):
     done = program.run(f"--workdir={tmp_path / 'run'}", "--profile", "--config.epochs=1")
     assert "A trace of 10 steps is in" in done.stderr
@@ -17,8 +21,9 @@ def test_profile_traces_steps(tmp_path):
     assert "No step is left to trace" in again.stderr
 
 
-def test_a_run_shorter_than_the_trace_is_traced_to_its_end(tmp_path):
-    flags = ("--config.epochs=1", "--config.batch_size=200")
-    done = program.run(f"--workdir={tmp_path / 'run'}", "--profile", *flags)
-    assert "is finished: 7 steps" in done.stderr and "A trace of 5 steps is in" in done.stderr
+@pytest.mark.slow
+def test_a_run_shorter_than_the_trace_is_traced_to_its_end(tmp_path, caplog):
+    caplog.set_level("INFO", "attn_cnn")
+    train.train(program.tiny_config(epochs=1, batch_size=200), tmp_path / "run", profile=True)
+    assert "is finished: 7 steps" in caplog.text and "A trace of 5 steps is in" in caplog.text
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
