@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key, UInt8
 
 
@@ -32,7 +33,7 @@ def augment(
 
 
 def normalize(
-    images: UInt8[Array, "batch height width channels"], mean: tuple[float, ...], std: tuple[float, ...]
+    images: UInt8[Array | np.ndarray, "batch height width channels"], mean: tuple[float, ...], std: tuple[float, ...]
 ) -> Float[Array, "batch height width channels"]:
-    """Pixels scaled to [0, 1], then (pixel - mean) / std in each channel."""
+    """Returns pixels scaled to [0, 1], then (pixel - mean) / std in each channel."""
     return (images.astype(jnp.float32) / 255 - jnp.asarray(mean)) / jnp.asarray(std)

@@ -304,7 +304,7 @@ def what_happens(experiment: Experiment, step: int, evaluated: bool) -> Iterator
     """
     config, of_epoch = experiment.config, experiment.steps_per_epoch
     while True:
-        if step % of_epoch == 0 and not evaluated:
+        if step and step % of_epoch == 0 and not evaluated:
             yield Next.EVALUATE, step
             if step // of_epoch % config.checkpoint.every_epochs == 0 or step == experiment.total_steps:
                 yield Next.SAVE, step
