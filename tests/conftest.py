@@ -11,7 +11,7 @@ install_import_hook("attn_cnn", "typechecker.check")
 
 import jax
 
-from attn_cnn import cache
+from attn_cnn import paths
 
 if jax.config.jax_compilation_cache_dir is None:
-    jax.config.update("jax_compilation_cache_dir", os.fspath(cache.folder() / "xla"))
+    jax.config.update("jax_compilation_cache_dir", os.fspath(paths.cache_folder() / "xla"))

@@ -18,8 +18,27 @@ MISTAKES = {
         "config.model.heads is (9, 4), but config.model.layers is 3",
     ),
     "mode": (["--config=configs/quadratic.py", "--mode=fly"], "train|evaluate|describe"),
-    "profile": (["--config=configs/quadratic.py", "--mode=describe", "--profile"], "--profile traces training"),
+    "profile": (
+        ["--config=configs/quadratic.py", "--mode=describe", "--profile"],
+        "--profile goes with --mode=train alone",
+    ),
     "none": ([], "--config must have a value"),
+    "dashes": (["--config=configs/quadratic.py:digits", "config.epochs=1"], "write --config.epochs=1"),
+    "space": (
+        ["--config=configs/learned.py:digits", "--config.model.share_tables", "False"],
+        "write --config.model.share_tables=False",
+    ),
+    "word": (["--config=configs/quadratic.py:digits", "hello"], "'hello' is not understood"),
+    "folder": (["--config=quadratic:digits"], "did you mean --config=configs/quadratic.py:digits?"),
+    "typo": (["--config=configs/quadratik.py"], "did you mean --config=configs/quadratic.py?"),
+    "abbreviation": (
+        ["--config=configs/quadratic.py", "--config.optimizer.lr=1"],
+        "did you mean config.optimizer.learning_rate?",
+    ),
+    "empty workdir": (["--config=configs/quadratic.py:digits", "--workdir="], "the workdir is empty"),
+    "one slash": (["--config=configs/quadratic.py:digits", "--workdir=gs:/a/b"], "write gs://a/b"),
+    "step of training": (["--config=configs/quadratic.py:digits", "--step=3"], "--step goes with --mode=evaluate"),
+    "images of training": (["--config=configs/quadratic.py:digits", "--images=a.png"], "goes with --mode=predict"),
     "nothing to evaluate": (
         ["--config=configs/quadratic.py:digits", "--mode=evaluate", "--workdir=/nonexistent/run"],
         "holds no run to evaluate",

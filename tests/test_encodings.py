@@ -314,3 +314,20 @@ def test_the_gradient_of_the_penalty_is_that_of_finite_differences(size):
 
 def test_only_a_full_covariance_has_a_penalty():
     assert [name for name, encoding in ENCODINGS.items() if encoding.penalty] == ["quadratic_generalized"]
+
+
+def test_a_grid_larger_than_learned_tables_is_an_error_that_names_max_side():
+    layer = SelfAttention("learned_content_position", heads=2, max_side=4)
+    params = layer.init(jax.random.key(0), jnp.ones((1, 4, 3, 6)))
+    with pytest.raises(UserError, match=r"the grid is 5x4, but learned tables cover a side of 4 \(max_side\)"):
+        layer.apply(params, jnp.ones((1, 5, 4, 6)))
+
+
+def test_resized_tables_are_linear_in_the_shift_and_keep_the_furthest():
+    table = jnp.stack([jnp.arange(7.0), -2 * jnp.arange(7.0)], axis=1)
+    params = {"layer": {"row_embeddings": table, "column_embeddings": table, "other": table}}
+    resized = encodings.resize_tables(params, 7)["layer"]
+    np.testing.assert_allclose(resized["row_embeddings"][:, 0], np.arange(13) / 2, rtol=1e-6)
+    np.testing.assert_allclose(resized["column_embeddings"][:, 1], -np.arange(13), rtol=1e-6)
+    np.testing.assert_array_equal(resized["other"], table)
+    jax.tree.map(np.testing.assert_array_equal, encodings.resize_tables(params, 4), params)

@@ -3,6 +3,7 @@
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import program
@@ -11,6 +12,7 @@ import pytest
 from attn_cnn import train
 from attn_cnn.errors import UserError
 from attn_cnn.training.experiment import load_config
+from attn_cnn.training.stopping import Interrupt
 from attn_cnn.training.workdir import open_workdir
 
 LONG = ("--config.epochs=2000", "--config.checkpoint.every_epochs=1")
@@ -49,7 +51,7 @@ def test_a_signal_saves_the_step_in_flight(tmp_path):
     workdir = tmp_path / "run"
     process = program.start(f"--workdir={workdir}", *LONG)
     program.wait_for(process, "epoch 2/")
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         process.send_signal(number)
         started = time.monotonic()
         output = process.communicate(timeout=30)[1]
@@ -72,6 +74,47 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
     program.wait_for(process, "saving, then stopping")
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=5) == -signal.SIGINT
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_in_a_notebook_raises_keyboard_interrupt_and_the_save_under_way_is_whole(tmp_path):
+    cell = f"""
+import logging, sys
+sys.path[:0] = ["{program.ROOT}", "{program.ROOT}/tests"]
+import program
+from attn_cnn import train
+from configs import quadratic
+logging.basicConfig(level="INFO")
+config = program.tiny_config(quadratic)
+config.epochs = 2000
+try:
+    train.train(config, "{tmp_path}/run")
+except KeyboardInterrupt:
+    print("the kernel lives", file=sys.stderr)
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", cell], env=program.environment(), stderr=subprocess.PIPE, text=True
+    )
+    program.wait_for(process, "epoch 1/")
+    process.send_signal(signal.SIGINT)
+    program.wait_for(process, "saving, then stopping")
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=60)[1]
+    # The first press may have stopped the run before the second one came.
+    assert (process.returncode == 0 and "the kernel lives" in output) or "stopped at step" in output
+    assert not [path for path in (tmp_path / "run" / "checkpoints").iterdir() if "tmp" in path.name]
+
+
+def test_signals_that_are_ignored_stay_so():
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with Interrupt() as interrupt:
+            signal.raise_signal(signal.SIGHUP)
+            assert interrupt.signal == 0
+            signal.raise_signal(signal.SIGUSR1)
+            assert interrupt.signal == signal.SIGUSR1
+    finally:
+        signal.signal(signal.SIGHUP, former)
 
 
 @pytest.mark.slow

@@ -3,10 +3,13 @@
 import math
 
 import ml_collections
+import numpy as np
 import pytest
 
 from attn_cnn import schema
 from attn_cnn.errors import UserError
+from attn_cnn.training import experiment
+from configs import quadratic
 
 KINDS = {  # field, what it accepts, what it refuses
     "integer": (schema.integer(1, 5), [1, 3, 5], [0, 6, 2.0, True, "3", None, (3,)]),
@@ -131,3 +134,29 @@ def test_a_name_too_many_comes_with_those_that_there_are():
 def test_a_name_too_few_comes_with_what_it_must_be():
     with pytest.raises(UserError, match=r"^config.seed is missing; it must be a whole number from 0 to 9.$"):
         schema.check({"penalty": 0, "data.name": "", "data.flip": True, "data.crop.padding": 1}, FIELDS, "config.")
+
+
+def test_the_scalars_of_a_sweep_count_as_numbers():
+    config = quadratic.get_config("digits")
+    with config.ignore_type():
+        config.optimizer.learning_rate, config.seed = np.float32(0.5), np.int64(3)
+        config.data.flip, config.model.heads = np.bool_(False), (np.int32(4), 0, 9)
+    checked = experiment.checked(config)
+    assert (checked.optimizer.learning_rate, checked.seed, checked.data.flip) == (0.5, 3, False)
+    assert checked.model.heads == (4, 0, 9)
+    assert {type(v) for v in schema.flatten(checked).values()} <= {int, float, bool, str, tuple}
+
+
+@pytest.mark.parametrize(
+    "given, meant",
+    [
+        ("optimizer.lr", "optimizer.learning_rate"),
+        ("model.head", "model.heads"),
+        ("batchsize", "batch_size"),
+        ("heads", "model.heads"),
+        ("model.xyz", None),
+    ],
+)
+def test_a_name_that_is_nearly_right_is_answered_with_the_one_that_was_meant(given, meant):
+    known = ("optimizer.learning_rate", "model.heads", "model.layers", "batch_size", "seed")
+    assert schema.nearest(given, known) == meant

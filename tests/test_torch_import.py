@@ -216,3 +216,50 @@ def test_a_file_that_is_no_checkpoint_is_refused(name, content, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=name):
         read_checkpoint(epath.Path(tmp_path) / name)
+
+
+def wrapped(state, kind):
+    """A state dict as training scripts save it."""
+    if kind == "bare":
+        return state
+    if kind == "wrapped by modules":
+        return {"state_dict": {f"module._orig_mod.{name}": array for name, array in state.items()}}
+    return {"net": state, "acc": 91.5, "epoch": 4}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["bare", "wrapped by modules", "net, acc, epoch"])
+@pytest.mark.parametrize("precision", ["float32", "float16", "bfloat16"])
+def test_files_as_people_have_them_are_read(kind, precision, tmp_path):
+    torch = pytest.importorskip("torch", reason="needs PyTorch")
+    golden = Golden("quadratic")
+    dtype = getattr(torch, precision)
+    state = {name: torch.tensor(array).to(dtype) for name, array in golden.state_dict().items()}
+    torch.save(wrapped(state, kind), tmp_path / "model.pt")
+    state_dict, epochs, accuracy = read_checkpoint(epath.Path(tmp_path) / "model.pt")
+    assert (epochs, accuracy) == ((5, 0.915) if kind == "net, acc, epoch" else (0, None))
+    params = import_state_dict(state_dict, golden.model())
+    expected = import_state_dict(golden.state_dict(), golden.model())
+    tolerance = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 1e-2}[precision]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=1e-4), params, expected)
+
+
+@pytest.mark.parametrize(
+    "encoding, changes, cause",
+    [
+        ("learned", {}, "its encoding is quadratic or quadratic_generalized: give --config=configs/quadratic.py"),
+        ("quadratic", {"layers": 5}, "it has 2 layers: set config.model.layers"),
+    ],
+)
+def test_the_one_thing_that_is_off_comes_first(encoding, changes, cause):
+    model = Golden(encoding).model(**changes)
+    with pytest.raises(UserError) as error:
+        import_state_dict(Golden("quadratic").state_dict(), model)
+    assert cause in str(error.value).splitlines()[0]
+
+
+def test_a_resnet_is_told_from_attention():
+    with pytest.raises(UserError, match="it is a ResNet's"):
+        import_state_dict(resnet_state_dict(resnet18.get_config("small").model), Golden("quadratic").model())
+    with pytest.raises(UserError, match="it is no ResNet's"):
+        import_state_dict(Golden("quadratic").state_dict(), resnet18.get_config("small").model)

@@ -1,0 +1,44 @@
+"""Paths mean the same however a person, a sweep or a scheduler writes them, or are refused by name."""
+
+import os
+
+import pytest
+
+from attn_cnn import paths
+from attn_cnn.errors import UserError
+
+
+def test_home_is_expanded(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert os.fspath(paths.resolve("~/runs/x", "the workdir")) == "/home/somebody/runs/x"
+
+
+@pytest.mark.parametrize("path", ["runs/x", "/a b/ü/[x]*?", "runs/x/", "./x", "gs://bucket/run", "a:b/c"])
+def test_any_other_path_stays_what_it_is(path):
+    assert os.fspath(paths.resolve(path, "the workdir")).rstrip("/") == path.rstrip("/").removeprefix("./")
+
+
+@pytest.mark.parametrize(
+    "path, message",
+    [
+        ("", "the workdir is empty"),
+        (" ", "the workdir is empty"),
+        ("gs:/bucket/run", "with one slash; write gs://bucket/run"),
+        ("s3://bucket/run", "must be a local path, or one of gs://"),
+        ("memory://run", "must be a local path"),
+        ("~nobody-of-that-name/x", "there is no such home"),
+        ("x\0y", "null character"),
+    ],
+)
+def test_what_cannot_be_used_is_named(path, message):
+    with pytest.raises(UserError, match=message):
+        paths.resolve(path, "the workdir")
+
+
+def test_the_cache_has_a_place_without_a_home(monkeypatch):
+    def no_home(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(type(paths.cache_folder()), "expanduser", no_home)
+    assert paths.cache_folder().is_absolute()
