@@ -29,7 +29,7 @@ class Training:
         self.step = steps.compile_train_step(self.experiment)
         digits = data.load("digits")
         self.images, self.labels = devices.replicate((digits.train_images, digits.train_labels))
-        self.places = devices.shares(config.batch_size)
+        self.places = devices.shares(config.batch_size, self.experiment.pieces)
 
     def inputs(self, step):
         return steps.Inputs(self.images, self.labels, devices.replicate(self.experiment.batch(step)))
@@ -89,6 +89,23 @@ def test_a_step_moves_nothing_between_host_and_device(training):
 # The penalty on condition numbers
 
 
+@pytest.mark.slow
+def test_pieces_of_a_batch_take_the_memory_of_a_piece_and_give_the_same_step():
+    config = program.tiny_config(quadratic_generalized)
+    config.model.dropout, config.optimizer.warmup = 0.0, 0.0
+    memory, states = {}, {}
+    for size in (0, 10):
+        config.micro_batch_size = size
+        training = Training(config)
+        arguments = (training.start(), training.inputs(0), training.places)
+        memory[size] = training.step.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+        states[size], _ = training.step(*arguments)
+    assert memory[10] < memory[0] / 3
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), states[10].params, states[0].params
+    )
+
+
 def spreads_of(params):
     """The spreads of each layer."""
     return [np.asarray(params[f"layer_{n}"]["attention"]["spreads"], np.float64) for n in range(len(HEADS))]
@@ -131,6 +148,7 @@ class Penalised:
     def loss_and_gradient(self, experiment):
         key = jax.random.key(0)
         same = {"batch_stats": {}, "x": self.x, "labels": self.labels, "key": key, "experiment": experiment}
+        same |= {"counts": jnp.ones(len(self.x), bool), "parts": 1}
         gradient_of = jax.jit(jax.value_and_grad(functools.partial(steps.training_loss, **same), has_aux=True))
         (loss, _), gradient = gradient_of(self.state.params)
         return float(loss), gradient

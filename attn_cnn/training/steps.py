@@ -100,6 +100,7 @@ def gradients(
         x=x,
         labels=inputs.labels[batch],
         counts=counts,
+        parts=jax.lax.axis_size(devices.AXIS) * experiment.pieces,
         key=dropout_key,
         experiment=experiment,
     )
@@ -113,10 +114,14 @@ def training_loss(
     x: Float[Array, "share height width channels"],
     labels: Int[Array, "share"],
     counts: Bool[Array, "share"],
+    parts: int,
     key: Key[Array, ""],
     experiment: Experiment,
 ) -> tuple[Float[Array, ""], tuple[Float[Array, ""], dict]]:
-    """Returns what the images that count add to the batch's mean loss and accuracy, and new batch statistics."""
+    """Returns what the images that count add to the batch's mean loss and accuracy, and new batch statistics.
+
+    The penalty on condition numbers belongs to no image: each of the `parts` that the batch is in adds its share of it.
+    """
     weight, batch_size = experiment.config.condition_penalty, experiment.config.batch_size
     logits, new = experiment.model.apply(
         {"params": params, "batch_stats": batch_stats},
@@ -128,9 +133,8 @@ def training_loss(
     )
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     loss = jnp.sum(losses, where=counts) / batch_size
-    if weight:  # over the heads of all layers; each piece of each device adds its part
-        penalty = jnp.concatenate(jax.tree.leaves(new["losses"])).mean()
-        loss += weight * penalty / (jax.lax.axis_size(devices.AXIS) * experiment.pieces)
+    if weight:
+        loss += weight * jnp.concatenate(jax.tree.leaves(new["losses"])).mean() / parts  # over heads of all layers
     accuracy = jnp.sum(logits.argmax(-1) == labels, where=counts) / batch_size
     return loss, (accuracy, new.get("batch_stats", {}))
 
