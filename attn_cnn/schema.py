@@ -137,16 +137,15 @@ def check(values: Mapping[str, Any], fields: Mapping[str, Field], prefix: str) -
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """Returns the one of `known` that was probably meant by `name`, as "learning_rate" by "lr", or None."""
-    known = sorted(known)
     parents, _, leaf = name.rpartition(".")
-    for other in known:
-        other_parents, _, other_leaf = other.rpartition(".")
-        initials = "".join(word[:1] for word in other_leaf.split("_"))
-        if other_parents == parents and leaf in (initials, other_leaf.replace("_", "")):
+    split = {other: other.rpartition(".")[::2] for other in sorted(known)}
+    siblings = {other_leaf: other for other, (where, other_leaf) in split.items() if where == parents}
+    for other_leaf, other in siblings.items():
+        if leaf in ("".join(word[:1] for word in other_leaf.split("_")), other_leaf.replace("_", "")):
             return other
-    if close := difflib.get_close_matches(name, known, n=1):
-        return close[0]
-    same_leaf = [other for other in known if other.rpartition(".")[2] == leaf]
+    if close := difflib.get_close_matches(leaf, siblings, n=1):
+        return siblings[close[0]]
+    same_leaf = [other for other, (_, other_leaf) in split.items() if other_leaf == leaf]
     return same_leaf[0] if len(same_leaf) == 1 else None
 
 

@@ -118,7 +118,7 @@ def test_parameters_that_start_afresh_need_a_run_to_start_from():
 def test_a_field_too_many_or_too_few_is_named():
     config = quadratic.get_config()
     config.bach_size = 3
-    with pytest.raises(UserError, match="unknown field config.bach_size; the fields are batch_size"):
+    with pytest.raises(UserError, match="unknown field config.bach_size; did you mean config.batch_size?"):
         checked(config)
     config = resnet18.get_config()
     del config.model.width

@@ -139,7 +139,7 @@ def test_a_value_that_passes_makes_a_training_step_or_is_too_large(experiment, f
         assert (after, loss.shape) == (before, ())
 
 
-DEFAULTS = {"condition_penalty", "init_from", "init_except"} | {
+DEFAULTS = {"condition_penalty", "init_from", "init_except", "micro_batch_size"} | {
     f"model.{name}"
     for name in (
         "layer",

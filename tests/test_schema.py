@@ -126,9 +126,11 @@ def test_what_stands_in_the_place_of_fields_is_left_to_the_check(values):
         schema.check(schema.flatten(config), FIELDS, "config.")
 
 
-def test_a_name_too_many_comes_with_those_that_there_are():
-    with pytest.raises(UserError, match=r"^unknown field config.sede; the fields are data.crop.padding, data.flip, "):
+def test_a_name_too_many_comes_with_the_one_that_was_meant_or_those_that_there_are():
+    with pytest.raises(UserError, match=r"^unknown field config.sede; did you mean config.seed\?$"):
         schema.check({"sede": 1}, FIELDS, "config.")
+    with pytest.raises(UserError, match=r"^unknown field config.xyz; the fields are data.crop.padding, data.flip, "):
+        schema.check({"xyz": 1}, FIELDS, "config.")
 
 
 def test_a_name_too_few_comes_with_what_it_must_be():
