@@ -1,11 +1,13 @@
 """Pictures of any size to class names and probabilities, with the model of a run."""
 
+import functools
 import glob
 from collections.abc import Iterable
 
 import jax
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import tabulate
 from etils import epath
 from jaxtyping import UInt8
@@ -27,6 +29,7 @@ def read_picture(path: epath.Path, shape: tuple[int, int, int]) -> UInt8[np.ndar
     height, width, channels = shape
     try:
         with path.open("rb") as file, PIL.Image.open(file) as picture:
+            picture = PIL.ImageOps.exif_transpose(picture)  # phones store the camera's turn beside the pixels
             picture = picture.convert("L" if channels == 1 else "RGB").resize((width, height), PIL.Image.BICUBIC)
             return np.asarray(picture).reshape(shape)
     except Exception as error:  # of the disk, or Pillow's, which has types for each kind of picture
@@ -37,7 +40,7 @@ def find_pictures(patterns: Iterable[str]) -> list[epath.Path]:
     """Returns the files that paths, or patterns as in pictures/*.png, name.
 
     Raises:
-      UserError: one of them names no file.
+      UserError: one of them names no file, or there are none.
     """
     found = []
     for pattern in patterns:
@@ -46,6 +49,8 @@ def find_pictures(patterns: Iterable[str]) -> list[epath.Path]:
         if not names:
             raise UserError(f"--images names {pattern}, which is no file.")
         found += names
+    if not found:
+        raise UserError("--mode=predict needs pictures, as in --images=cat.png.")
     return found
 
 
@@ -54,7 +59,7 @@ def predict(run: Run, pictures: UInt8[np.ndarray, "batch height width channels"]
     images = augment.normalize(pictures, run.mean, run.std)
     variables = {"params": run.params, "batch_stats": run.batch_stats}
     with jax.default_matmul_precision(run.config.matmul_precision):
-        logits = jax.jit(lambda images: run.model.apply(variables, images, train=False))(images)
+        logits = jax.jit(functools.partial(run.model.apply, train=False))(variables, images)
     return np.asarray(jax.nn.softmax(logits))
 
 

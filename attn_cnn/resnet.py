@@ -74,7 +74,8 @@ class BatchNorm(nn.Module):
         counts = jnp.ones(len(values), bool) if self.counts is None else self.counts
         each = counts[:, None, None, None]
         sums = jnp.sum(values, (0, 1, 2), where=each), jnp.sum(counts) * values.shape[1] * values.shape[2]
-        total, number = jax.lax.psum(sums, self.axis_name) if self.axis_name else sums
+        alone = self.axis_name is None or self.is_initializing()
+        total, number = sums if alone else jax.lax.psum(sums, self.axis_name)
         return total / number
 
 

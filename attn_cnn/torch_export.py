@@ -1,4 +1,4 @@
-"""Parameters of a run into the paper's PyTorch names, so that its code can load them.
+"""Parameters of a run into the paper's PyTorch names, for `load_state_dict(..., strict=False)` of its models.
 
     python -m attn_cnn.torch_export --workdir=RUN OUT.pt
 

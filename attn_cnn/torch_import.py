@@ -30,7 +30,7 @@ from attn_cnn.model import abstract_variables, checked_model
 from attn_cnn.training import workdir as workdir_lib
 from attn_cnn.training.experiment import create_experiment, state_of
 
-IGNORED = (".relative_indices", ".num_batches_tracked")  # buffers that hold no parameters
+IGNORED = (".relative_indices", ".attention.self.R", ".num_batches_tracked")  # buffers that hold no parameters
 WRAPPERS = ("model_state_dict", "state_dict", "net", "model")
 PREFIXES = ("module.", "_orig_mod.")
 VALUE_NAMES = {"value.weight", "value.bias"}
@@ -200,6 +200,7 @@ def read_checkpoint(path: epath.Path) -> tuple[dict[str, np.ndarray], int, float
     content = readers.get(path.suffix, _read_pickle)(path)
     wrapper = next((name for name in WRAPPERS if isinstance(content.get(name), dict)), None)
     state_dict = _without_prefixes(content[wrapper] if wrapper else content)
+    state_dict = {name: value for name, value in state_dict.items() if not name.endswith(IGNORED)}
     try:
         state_dict = {name: _as_array(value) for name, value in state_dict.items()}
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:

@@ -79,7 +79,7 @@ def run() -> ml_collections.ConfigDict:
             "epochs": 300,
             "batch_size": 100,
             "eval_batch_size": 100,  # on each device
-            "micro_batch_size": 0,  # images whose gradients are computed at once, to save memory; 0: all of them
+            "micro_batch_size": 0,  # images, on all devices, whose gradients are computed at once; 0: all of the batch
             "log_every_steps": 10,
             "dtype": "float32",
             "matmul_precision": "default",

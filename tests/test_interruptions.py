@@ -84,7 +84,8 @@ sys.path[:0] = ["{program.ROOT}", "{program.ROOT}/tests"]
 import program
 from attn_cnn import train
 from configs import quadratic
-logging.basicConfig(level="INFO")
+logging.basicConfig()
+logging.getLogger("attn_cnn").setLevel("INFO")
 config = program.tiny_config(quadratic)
 config.epochs = 2000
 try:

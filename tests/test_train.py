@@ -211,7 +211,7 @@ def test_it_trains_evaluates_and_writes_metrics_where_tensorflow_is_not_installe
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["a b", "ümlaut", "[x]*?", "trailing/"])
+@pytest.mark.parametrize("name", ["a b", "ümlaut", "x*?", "trailing/"])
 def test_a_workdir_may_have_any_name(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = program.tiny_config(quadratic, epochs=1)

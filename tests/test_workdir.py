@@ -96,3 +96,8 @@ def test_a_workdir_lies_on_a_disk_or_in_a_bucket(tmp_path):
     assert workdir_lib.open_workdir(str(tmp_path)) == epath.Path(tmp_path)
     with pytest.raises(UserError, match="s3://bucket/run must be a local path, or one of gs://"):
         workdir_lib.open_workdir("s3://bucket/run")
+
+
+def test_a_bracket_in_the_path_is_refused_by_name(tmp_path):
+    with pytest.raises(UserError, match=r"has a \[ in its path"):
+        workdir_lib.open_workdir(tmp_path / "[x]")

@@ -193,8 +193,11 @@ def _check_reachable(name: str, root: epath.Path) -> None:
 
 
 def _tfds() -> ModuleType:
-    quiet_tensorflow.load()
-    import tensorflow_datasets as tfds
+    try:
+        quiet_tensorflow.load()
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise UserError(f"reading CIFAR needs TensorFlow and TensorFlow Datasets: pip install them. {error}") from None
 
     return tfds
 

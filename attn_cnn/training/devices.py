@@ -31,7 +31,6 @@ def mapped(step: Callable[[Any, Any, Any], Any], donate: bool = False) -> Callab
 
     The state and what is the same are there once on each device; the shares have a leading axis of local devices.
     """
-    # To leave pmap: jax.jit(jax.shard_map(step, mesh=..., in_specs=(P(), P(), P(AXIS)), out_specs=P()), ...)
     return jax.pmap(step, axis_name=AXIS, in_axes=(None, None, 0), out_axes=None, donate_argnums=(0,) if donate else ())
 
 
@@ -52,9 +51,11 @@ def distribute(values: Shaped[np.ndarray, "devices *shape"]) -> Shaped[Array, "d
 def shares(batch_size: int, pieces: int = 1) -> Int[Array, "devices pieces share"]:
     """Returns the places in a batch of `batch_size` images that are each of this process's devices', in equal pieces.
 
-    Where the devices cannot share the batch evenly, the last places of some are -1: no image.
+    There are at most as many pieces as asked for. Where the devices cannot share the batch evenly, the last places of
+    some are -1: no image.
     """
     share = math.ceil(batch_size / (jax.device_count() * pieces))
+    pieces = math.ceil(batch_size / (jax.device_count() * share))
     places = np.full(jax.device_count() * pieces * share, -1, np.int32)
     places[:batch_size] = np.arange(batch_size)
     places = places.reshape(jax.process_count(), jax.local_device_count(), pieces, share)
@@ -65,11 +66,12 @@ def on_every_host(work: Callable[[], Result]) -> Result:
     """Does `work` on each host; where it fails on some it fails on all, and none waits for the others in vain.
 
     Raises:
-      UserError: of this host's `work`, or naming the hosts that failed.
+      Exception: whatever this host's `work` raised.
+      UserError: other hosts failed; it names them.
     """
     try:
         result, failure = work(), None
-    except UserError as error:
+    except Exception as error:
         result, failure = None, error
     failed = everywhere(failure is not None)
     if failure is not None:

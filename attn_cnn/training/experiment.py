@@ -256,11 +256,14 @@ def started_from(ours: dict, theirs: dict, workdir: str, fresh: tuple[str, ...])
     def flat(variables):
         return {path[1:]: (path, leaf) for path, leaf in traverse_util.flatten_dict(variables).items()}
 
+    def begins(path, name):
+        return path[: len(name.split("/"))] == tuple(name.split("/"))
+
     def is_fresh(path):
-        return any(path[: len(name.split("/"))] == tuple(name.split("/")) for name in fresh)
+        return any(begins(path, name) for name in fresh)
 
     ours, theirs = flat(ours), flat(theirs)
-    unknown = [n for n in fresh if not any(path[: len(n.split("/"))] == tuple(n.split("/")) for path in ours)]
+    unknown = [name for name in fresh if not any(begins(path, name) for path in ours | theirs)]
     problems = [f"config.init_except names {name}, which is no parameter" for name in unknown]
     result = {}
     for path, (whole_path, leaf) in ours.items():

@@ -3,6 +3,7 @@
 It is imported late, since that takes seconds.
 """
 
+import contextlib
 import os
 from types import ModuleType
 
@@ -15,5 +16,6 @@ def load() -> ModuleType:
     """Returns TensorFlow without its start-up messages, and off the accelerators, which are JAX's."""
     import tensorflow
 
-    tensorflow.config.set_visible_devices([], "GPU")
+    with contextlib.suppress(RuntimeError):  # a notebook has used TensorFlow before
+        tensorflow.config.set_visible_devices([], "GPU")
     return tensorflow

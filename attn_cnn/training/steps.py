@@ -42,8 +42,8 @@ def train_step(
     """
     config = experiment.config
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-    sums = functools.partial(gradients, state=state, inputs=inputs, key=key, experiment=experiment)
-    if experiment.pieces == 1:
+    sums = functools.partial(gradients, pieces=len(places), state=state, inputs=inputs, key=key, experiment=experiment)
+    if len(places) == 1:
         grads, loss, accuracy, batch_stats = sums(places[0], 0)
     else:
         grads, loss, accuracy, batch_stats = sum_over_pieces(sums, (places, jnp.arange(len(places))))
@@ -79,12 +79,16 @@ def gradients(
     places: Int[Array, "share"],
     piece: Int[Array, ""] | int,
     *,
+    pieces: int,
     state: TrainState,
     inputs: Inputs,
     key: Key[Array, ""],
     experiment: Experiment,
 ) -> tuple[dict, Float[Array, ""], Float[Array, ""], dict]:
-    """Returns what the images at `places` add to the batch's gradients, loss and accuracy, and new batch statistics."""
+    """Returns what the images at `places` add to the batch's gradients, loss and accuracy, and new batch statistics.
+
+    Places of -1 are no images; `piece` is the number of this piece, of `pieces` on each device.
+    """
     config, spec = experiment.config, experiment.spec
     counts = places >= 0
     batch = inputs.indices[jnp.where(counts, places, 0)]
@@ -92,7 +96,7 @@ def gradients(
     x = augment.augment(augment_key, inputs.images[batch], places, config.data.crop_padding, config.data.flip)
     x = augment.normalize(x, spec.mean, spec.std)
     dropout_key = jax.random.fold_in(dropout_key, jax.lax.axis_index(devices.AXIS))
-    if experiment.pieces > 1:
+    if pieces > 1:
         dropout_key = jax.random.fold_in(dropout_key, piece)
     loss_of = functools.partial(
         training_loss,
@@ -100,7 +104,7 @@ def gradients(
         x=x,
         labels=inputs.labels[batch],
         counts=counts,
-        parts=jax.lax.axis_size(devices.AXIS) * experiment.pieces,
+        parts=jax.lax.axis_size(devices.AXIS) * pieces,
         key=dropout_key,
         experiment=experiment,
     )

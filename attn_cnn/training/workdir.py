@@ -24,7 +24,8 @@ log = logging.getLogger("attn_cnn")
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
 
-# Fields that cannot change the results of a run, and so may differ when it resumes.
+# Fields that may differ when a run resumes: they change no result, but for micro_batch_size, which, like the number of
+# devices, changes what dropout draws.
 HARMLESS = frozenset(
     {"data.dir", "checkpoint.keep", "checkpoint.every_epochs", "log_every_steps", "eval_batch_size", "micro_batch_size"}
 )
@@ -37,6 +38,10 @@ def open_workdir(path: epath.PathLike) -> epath.Path:
       UserError: it cannot be reached, or is of a kind that holds no checkpoints.
     """
     path = paths.resolve(path, "the workdir")
+    if "[" in os.fspath(path.absolute()):  # orbax would take it for a pattern
+        raise UserError(
+            f"the workdir {path} has a [ in its path, which checkpoints cannot have; set another --workdir."
+        )
     try:
         path.exists()
     except Exception as error:  # each file system has errors of its own
@@ -81,13 +86,21 @@ def _locked(path: epath.Path) -> Iterator[None]:
 
 
 def update(workdir: epath.Path, config: ml_collections.ConfigDict, stack: contextlib.ExitStack) -> None:
-    """Replaces the config of a workdir that is held; the new file is held until `stack` closes."""
+    """Replaces the config of a workdir that is held; the new file is held until `stack` closes.
+
+    Raises:
+      UserError: it cannot be written.
+    """
     path = workdir / CONFIG
     temporary = path.with_name(f"{CONFIG}.{uuid.uuid4().hex}")
-    temporary.write_text(as_json(config))
-    if os.path.isfile(temporary):
-        stack.enter_context(_locked(temporary))  # before it has the name, or a rival could hold it first
-    temporary.replace(path)
+    try:
+        temporary.write_text(as_json(config))
+        if os.path.isfile(temporary):
+            stack.enter_context(_locked(temporary))  # before it has the name, or a rival could hold it first
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"the config in {workdir} cannot be written: {first_line(error)}") from None
 
 
 def as_json(config: ml_collections.ConfigDict) -> str:
