@@ -23,7 +23,7 @@ from attn_cnn.training import experiment
 
 
 def run(main: Callable, arguments: tuple[str, ...] = (), config: bool = True) -> None:
-    """Runs `main` as absl's app.run does, with a checked config in FLAGS.config.
+    """Runs `main` as absl's app.run does, after checking FLAGS.config.
 
     A UserError is printed alone and exits with 1, a run that a signal stopped with 128 + its number.
 
@@ -45,10 +45,13 @@ def run(main: Callable, arguments: tuple[str, ...] = (), config: bool = True) ->
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0]
         if "RESOURCE_EXHAUSTED" in reason:
-            sys.exit(f"error: out of memory; set config.micro_batch_size to a part of the batch. {reason}")
+            sys.exit(
+                "error: out of memory; set config.micro_batch_size to a part of the batch (for a ResNet, lower "
+                f"config.batch_size), or lower config.eval_batch_size if it was an evaluation. {reason}"
+            )
         if jax.process_count() == 1:
             raise
-        print(f"error: another host is lost; start all again, and the run resumes. {reason}", file=sys.stderr)
+        print(f"error: a host or device is lost; start all again, and the run resumes. {reason}", file=sys.stderr)
         os._exit(1)  # leaving in order would wait for that host
     except Stopped as stopped:
         logging.getLogger("attn_cnn").info("%s", stopped)

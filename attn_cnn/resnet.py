@@ -37,7 +37,7 @@ class BatchNorm(nn.Module):
     """Normalises each channel over the images that count, on all devices together (Ioffe and Szegedy 2015).
 
     Flax's own weighs devices equally, whatever number of images each of them has. The running variance is the biased
-    one; PyTorch's is not, and 1/(N - 1) of it larger.
+    one; PyTorch's is larger by a factor of N / (N - 1).
 
     Attributes:
       counts: which images count; None: all of them do.
@@ -104,7 +104,7 @@ class ResNet18(nn.Module):
     """Four stages of two blocks, at `width` times 1, 2, 4, 8 channels; 64 is the paper's width.
 
     `axis_name` is the mapped axis over which training averages batch statistics, so that a run does not
-    depend on the number of devices. Their running variance is the biased one, PyTorch's is not: 1/(N - 1) of it apart.
+    depend on the number of devices.
     """
 
     classes: int

@@ -14,7 +14,7 @@ from attn_cnn.training import devices
 log = logging.getLogger("attn_cnn")
 
 
-# Ctrl-C, the end of a session, and what batch systems send before they kill.
+# Ctrl-C, the end of a terminal, and what batch systems send before they kill.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
