@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from absl import app, flags
 from jaxtyping import Array, Float
 
-from attn_cnn.encodings import Tables, encoding_class
+from attn_cnn.encodings import QueryEncoding, Tables, encoding_class
 from attn_cnn.layers import LinearMap
 from benchmarks import common
 from configs import learned_content, learned_content_position
@@ -45,8 +45,9 @@ class EinsumAttention(nn.Module):
         features = x.shape[-1]
         query, key = (nn.DenseGeneral((self.heads, features), name=name)(x) for name in ("query", "key"))
         query *= features**-0.5
-        tables = encoding_class(self.encoding).tables(self, self.max_side, 0, features)
-        of_position = self.query_scores if self.encoding == "learned_content" else self.position_scores
+        encoding = encoding_class(self.encoding)
+        tables = encoding.tables(self, self.max_side, 0, features)
+        of_position = self.query_scores if issubclass(encoding, QueryEncoding) else self.position_scores
         row, column = of_position(query, tables)
         scores = jnp.einsum("bijhd,bklhd->bhijkl", query, key) + row[..., None] + column[..., None, :]
         mixed = jnp.einsum("bhijkl,bkld->bijhd", jax.nn.softmax(scores, (-2, -1)), x)
