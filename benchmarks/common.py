@@ -74,7 +74,8 @@ def paper_experiment(module: ModuleType, grid: int, batch: int, **model: Any) ->
     side = grid * config.model.patch
     config.model.update(image_shape=(side, side, 3), max_side=max(config.model.max_side, grid))
     config.model.update(attention_dropout=0.0, **model)
-    spec = data.Spec(config.model.image_shape, config.model.classes, (0.5,) * 3, (0.2,) * 3, EXAMPLES)
+    names = tuple(map(str, range(config.model.classes)))
+    spec = data.Spec(config.model.image_shape, len(names), (0.5,) * 3, (0.2,) * 3, EXAMPLES, names)
     return create_experiment(config, spec)
 
 
