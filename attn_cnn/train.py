@@ -45,13 +45,14 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, profile: b
     """
     experiment, workdir = create_experiment(config), workdir_lib.open_workdir(workdir)
     cluster.tell()
+    check_same_config(experiment)
     dataset = load_data(experiment)
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.default_matmul_precision(experiment.config.matmul_precision))
         interrupt = stack.enter_context(Interrupt())
         check_start(experiment, workdir)
         devices.on_every_host(lambda: claim(workdir, experiment, stack) if jax.process_index() == 0 else None)
-        check_hosts(experiment, workdir)
+        check_same_workdir(workdir)
         keep = experiment.config.checkpoint.keep
         checkpoints = stack.enter_context(Checkpoints(workdir / workdir_lib.CHECKPOINTS, keep))
         step, state = checkpoints.restore(abstract_state(experiment)) or start(experiment, checkpoints)
@@ -113,13 +114,26 @@ def claim(workdir: epath.Path, experiment: Experiment, stack: contextlib.ExitSta
         workdir_lib.update(workdir, experiment.config, stack)
 
 
-def check_hosts(experiment: Experiment, workdir: epath.Path) -> None:
-    """Raises UserError unless all hosts have the same config and see the same workdir, which the first has claimed."""
+def check_same_config(experiment: Experiment) -> None:
+    """Raises UserError unless all hosts were given the same config."""
     seen = devices.everywhere(zlib.crc32(experiment.config.to_json().encode()) & 0x7FFFFFFF)
     if len(set(seen.tolist())) > 1:
         raise UserError("the hosts were given different configs; start all of them with the same command.")
+
+
+def check_same_workdir(workdir: epath.Path) -> None:
+    """Raises UserError unless all hosts see the workdir, which the first has claimed."""
     if not devices.everywhere((workdir / workdir_lib.CONFIG).exists()).all():
         raise UserError(f"not all hosts see {workdir}, where the first wrote; set --workdir to what all of them reach.")
+
+
+def check_same_model(experiment: Experiment, workdir: epath.Path) -> None:
+    """Raises UserError unless `workdir` holds a run whose model and data are those of `experiment`."""
+    if not (workdir / workdir_lib.CONFIG).exists():
+        raise UserError(f"{workdir} holds no run to evaluate; train one first, or set --workdir.")
+    fields = ("model.", "data.", "dtype", "matmul", "optimizer.name")
+    if lines := workdir_lib.differences(experiment.config, load_config(workdir), only=fields):
+        raise UserError(f"{workdir} holds a run of another model; its config differs:\n  " + "\n  ".join(lines))
 
 
 def evaluate(
@@ -131,11 +145,7 @@ def evaluate(
       UserError: there is no checkpoint, or it is of another config.
     """
     experiment, workdir = create_experiment(config), workdir_lib.open_workdir(workdir)
-    if not (workdir / workdir_lib.CONFIG).exists():
-        raise UserError(f"{workdir} holds no run to evaluate; train one first, or set --workdir.")
-    matters = ("model.", "data.", "dtype", "matmul", "optimizer.name")
-    if lines := workdir_lib.differences(experiment.config, load_config(workdir), only=matters):
-        raise UserError(f"{workdir} holds a run of another model; its config differs:\n  " + "\n  ".join(lines))
+    devices.on_every_host(lambda: check_same_model(experiment, workdir))
     step, state = restore(experiment, workdir, step)
     dataset = load_data(experiment)
     test_set = devices.replicate((dataset.test_images, dataset.test_labels))

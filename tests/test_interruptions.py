@@ -46,8 +46,16 @@ def resume(caplog):
     return resume
 
 
+@pytest.fixture
+def hangup_is_heard():
+    """Under nohup SIGHUP is ignored, here and in what is started from here."""
+    former = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, former)
+
+
 @pytest.mark.slow
-def test_a_signal_saves_the_step_in_flight(tmp_path):
+def test_a_signal_saves_the_step_in_flight(tmp_path, hangup_is_heard):
     workdir = tmp_path / "run"
     process = program.start(f"--workdir={workdir}", *LONG)
     program.wait_for(process, "epoch 2/")
