@@ -296,6 +296,7 @@ def test_gated_attention_has_the_gradients_of_its_dense_form():
 # --- Where layers are used -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ONE_OF_EACH_KIND)
 def test_a_layer_exported_for_any_batch_computes_what_the_layer_does(encoding):
     layer = SelfAttention(encoding, heads=2, max_side=4)

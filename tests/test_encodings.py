@@ -124,6 +124,7 @@ def test_learned_scores_depend_on_the_shift_alone():
         np.testing.assert_array_equal(column[head], 10 * factor * (3 + columns))
 
 
+@pytest.mark.slow
 def test_learned_query_looks_its_keys_up_by_shift():
     x = jax.random.normal(jax.random.key(0), (3, 4, 6))
     row_keys, column_keys = jax.random.normal(jax.random.key(1), (2, 2, 7, 6))

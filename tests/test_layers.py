@@ -22,6 +22,7 @@ def test_values_start_uniform_in_the_inverse_root_of_fan_in():
     assert_uniform(fan_in_uniform(25)(jax.random.key(0), (5000,)), 25)
 
 
+@pytest.mark.slow
 def test_every_layer_starts_uniform_in_the_inverse_root_of_its_own_fan_in():
     params = jax.jit(dense(1000, 16).init)(jax.random.key(0), jnp.ones((1, 16)))["params"]
     assert_uniform(params["kernel"], 16)

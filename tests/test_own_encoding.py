@@ -61,6 +61,7 @@ def test_it_is_found_by_its_name():
     assert encoding_class("manhattan") is Manhattan
 
 
+@pytest.mark.slow
 def test_its_factored_form_is_its_dense_form(monkeypatch):
     images, params = start()
     calls, mix = [], mixing.Factors.mix
