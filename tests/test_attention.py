@@ -138,6 +138,7 @@ def test_dropout_on_factors_is_the_same_in_the_factored_and_the_dense_form(encod
     assert np.abs(factored - layers[0].apply(params, x)).max() > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("heads", [2, 0])
 @pytest.mark.parametrize("side", [2, 8])  # 4 pixels are fewer, and 64 more, than the 12 rows of the kernel of two heads
 def test_an_output_map_is_applied_whether_composed_with_the_value_or_not(heads, side):
@@ -261,6 +262,7 @@ def gated():
     return x, params | {"gates": jnp.array([-2.0, 0.5, 3.0])}
 
 
+@pytest.mark.slow
 def test_gates_start_at_1():
     np.testing.assert_array_equal(gated_start()[1]["gates"], [1, 1, 1])
 

@@ -168,6 +168,7 @@ def parameters(*args, **kwargs):
     return jax.jit(Declared(*args, **kwargs).init)(jax.random.key(0))["params"]
 
 
+@pytest.mark.slow
 def test_positions_start_as_the_paper_says():
     params = parameters("quadratic", heads=1000)
     assert np.std(params["centers"]) == pytest.approx(2, rel=0.1)

@@ -60,6 +60,7 @@ def test_a_linear_map_multiplies_in_the_type_of_its_input():
     assert wide(jnp.ones((1, 1), jnp.bfloat16))[0, 0] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", [1, 2, 3])
 def test_a_convolution_sums_over_the_window_of_the_zero_padded_grid_and_applies_the_map(side):
     then = linear_map(1, 6, 4)

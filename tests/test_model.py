@@ -41,6 +41,7 @@ def test_patches_are_ordered_by_row_column_channel():
     np.testing.assert_array_equal(grid[1, 1, 2], images[1, 2:4, 4:6].reshape(-1))
 
 
+@pytest.mark.slow
 def test_linear_layers_start_uniform_in_the_inverse_root_of_fan_in():
     config = quadratic.get_config("digits")
     config.model.layers = 1
@@ -164,6 +165,7 @@ def test_a_layer_can_be_a_convolution(layer):
             jax.eval_shape(functools.partial(attention_maps, model), params, images)
 
 
+@pytest.mark.slow
 def test_an_encoder_layer_is_its_formula_with_any_mixer():
     class Shift(nn.Module):
         """A mixer that looks at the pixel above."""

@@ -77,6 +77,7 @@ def test_its_factored_form_is_its_dense_form(monkeypatch):
     assert calls
 
 
+@pytest.mark.slow
 def test_its_maps_are_its_formula():
     images, params = start()
     model = create_model(small_model("manhattan", layers=1))

@@ -44,6 +44,7 @@ def training():
     return Training(program.tiny_config(log_every_steps=2))
 
 
+@pytest.mark.slow
 def test_a_step_returns_the_state_after_it_and_its_loss(training):
     before = random_state(training.experiment)
     state, loss = training.step(training.start(), training.inputs(0), training.places)
@@ -58,6 +59,7 @@ def test_a_step_returns_the_state_after_it_and_its_loss(training):
     assert all(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (state.params, former.params)), strict=True))
 
 
+@pytest.mark.slow
 def test_the_window_restarts_after_a_report_and_the_epochs_sums_go_on(training):
     state, losses, windows = training.start(), [], []
     for step in range(3):
@@ -68,6 +70,7 @@ def test_the_window_restarts_after_a_report_and_the_epochs_sums_go_on(training):
     assert int(state.epoch.steps) == 3 and state.epoch.means()["loss"] == pytest.approx(np.mean(losses))
 
 
+@pytest.mark.slow
 def test_the_first_step_that_leaves_the_finite_numbers_is_remembered(training):
     state, _ = training.step(training.start(), training.inputs(0), training.places)
     broken = jax.tree.map(lambda p: p * np.nan, state.params)
@@ -77,6 +80,7 @@ def test_the_first_step_that_leaves_the_finite_numbers_is_remembered(training):
         assert int(state.first_bad_step) == 2
 
 
+@pytest.mark.slow
 def test_a_step_moves_nothing_between_host_and_device(training):
     inputs = training.inputs(0)  # its indices are all that a step is given by the host
     state, _ = training.step(training.start(), inputs, training.places)
