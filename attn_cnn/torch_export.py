@@ -32,9 +32,7 @@ def export_variables(variables: dict[str, Any], model: ml_collections.ConfigDict
     """
     flat, state_dict = traverse_util.flatten_dict(variables), {}
     for path, leaf in flat.items():
-        bias = flat.get((*path[:-1], "bias"))
-        shape = torch_shape(path[-1], leaf.shape, bias.ndim if bias is not None else 1)
-        array = np.ascontiguousarray(to_torch(path[-1], np.asarray(leaf), shape))
+        array = np.ascontiguousarray(to_torch(path[-1], np.asarray(leaf), torch_shape(path, flat)))
         for name in torch_names(path[1:], model):
             state_dict[name] = array
     return state_dict

@@ -33,7 +33,7 @@ from attn_cnn.training.experiment import create_experiment, state_of
 IGNORED = (".relative_indices", ".attention.self.R", ".num_batches_tracked")  # buffers that hold no parameters
 WRAPPERS = ("model_state_dict", "state_dict", "net", "model")
 PREFIXES = ("module.", "_orig_mod.")
-VALUE_NAMES = {"value.weight", "value.bias"}
+VALUE_NAMES = {"value/kernel": "value.weight", "value/bias": "value.bias"}
 
 _ATTENTION_LAYER = {
     "attention_output": "attention.output.dense",
@@ -67,8 +67,7 @@ def import_variables(state_dict: Mapping[str, Any], model: ml_collections.Config
             problems += [f"missing: {name}" for name in missing]
             continue
         arrays = [_as_array(state_dict[name]) for name in names]
-        bias = wanted.get((*path[:-1], "bias"))
-        shape = torch_shape(path[-1], leaf.shape, bias.ndim if bias is not None else 1)
+        shape = torch_shape(path, wanted)
         misfits = [_misfit(*named, shape) for named in zip(names, arrays, strict=True)]
         if any(misfits):
             problems += filter(None, misfits)
@@ -100,7 +99,7 @@ def _cause(state_dict: Mapping[str, Any], model: ml_collections.ConfigDict) -> s
         return ""
     prefix = "encoder.layer.0.attention.self."
     own = {name.removeprefix(prefix) for name in names if name.startswith(prefix) and not name.endswith(IGNORED)}
-    fitting = [e.name for e in ENCODINGS.values() if set(e.torch_names.values()) | VALUE_NAMES == own]
+    fitting = [e.name for e in ENCODINGS.values() if {*e.torch_names.values(), *VALUE_NAMES.values()} == own]
     if fitting and model.encoding not in fitting:
         return f"; its encoding is {' or '.join(fitting)}: give --config=configs/{fitting[0]}.py"
     if len(layers) != model.layers:
@@ -141,7 +140,7 @@ def torch_names(path: tuple[str, ...], model: ml_collections.ConfigDict) -> list
 
 def _torch_attention_name(layer: int, path: tuple[str, ...], model: ml_collections.ConfigDict) -> str:
     encoding, name = encoding_class(model.encoding), "/".join(path)
-    names = encoding.torch_names | {"value/kernel": "value.weight", "value/bias": "value.bias"}
+    names = encoding.torch_names | VALUE_NAMES
     if name not in names:
         raise UserError(f"the {encoding.name} encoding is not in the paper's code.")
     return f"encoder.layer.{layer}.attention.self.{names[name]}"
@@ -160,13 +159,16 @@ def _torch_resnet_name(path: tuple[str, ...]) -> str:
     return ".".join([*words, _LEAF[leaf]])
 
 
-def torch_shape(leaf: str, shape: tuple[int, ...], feature_axes: int) -> tuple[int, ...]:
+def torch_shape(path: tuple[str, ...], variables: Mapping[tuple[str, ...], Any]) -> tuple[int, ...]:
+    """Returns the shape that PyTorch gives the parameter at `path` of the flat `variables`."""
+    leaf, shape = path[-1], variables[path].shape
     if leaf != "kernel":
         return shape if leaf != "bias" else (int(np.prod(shape)),)
     if len(shape) == 4:
         height, width, inputs, outputs = shape
         return (outputs, inputs, height, width)
-    split = len(shape) - feature_axes
+    bias = variables.get((*path[:-1], "bias"))  # which has the axes of the outputs
+    split = len(shape) - (bias.ndim if bias is not None else 1)
     return (int(np.prod(shape[split:])), int(np.prod(shape[:split])))
 
 

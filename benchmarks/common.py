@@ -31,7 +31,7 @@ from attn_cnn.training.experiment import Experiment, Next, create_experiment, ra
 from attn_cnn.training.loop import Loop
 from attn_cnn.training.metrics import Writer
 from attn_cnn.training.progress import progress_line
-from attn_cnn.training.steps import Inputs, compile_train_step, eval_step
+from attn_cnn.training.steps import Inputs, compile_eval_step, compile_train_step
 from attn_cnn.training.stopping import Interrupt
 from attn_cnn.training.tracing import Profile
 
@@ -122,7 +122,7 @@ def evaluation_side(experiment: Experiment) -> Side:
     state, places = random_state(experiment), devices.shares(batch)
     variables = devices.replicate({"params": state.params, "batch_stats": state.batch_stats})
     compiled, counted = (
-        devices.mapped(functools.partial(eval_step, experiment=each)).lower(variables, inputs, places).compile()
+        compile_eval_step(each).lower(variables, inputs, places).compile()
         for each in (experiment, in_one_block(experiment))
     )
     return compiled_side(lambda: jax.block_until_ready(compiled(variables, inputs, places)), batch, compiled, counted)

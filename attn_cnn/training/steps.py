@@ -168,6 +168,11 @@ def eval_step(
     return gather(losses), gather(correct)
 
 
+def compile_eval_step(experiment: Experiment) -> Callable[[dict, Inputs, Array], tuple[Array, Array]]:
+    """Returns the evaluation step on all devices."""
+    return devices.mapped(functools.partial(eval_step, experiment=experiment))
+
+
 def create_evaluate(
     experiment: Experiment, images: Array, labels: Array, interrupt: Interrupt
 ) -> Callable[[TrainState], dict[str, float] | None]:
@@ -177,7 +182,7 @@ def create_evaluate(
     images' order, so that the result is the same to the last bit on any number of devices.
     """
     batch = experiment.config.eval_batch_size * jax.device_count()
-    step = devices.mapped(functools.partial(eval_step, experiment=experiment))
+    step = compile_eval_step(experiment)
     places = devices.shares(batch)
     starts = [devices.replicate(np.int32(s)) for s in range(0, len(labels), batch)]
 
