@@ -532,13 +532,22 @@ class Content(struct.PyTreeNode):
         return scores.reshape(-1, height, width, height, width)
 
 
-class LearnedContent(QueryEncoding, name="learned_content"):
+class PositionAndContent:
+    """What the encodings share that have a `position` and a `content` and add their scores."""
+
+    needs_x = True
+
+    def scores(self, rows: Array, columns: Array, x: Array | None = None) -> Array:
+        """Returns the scores of position plus those of content."""
+        return self.position.scores(rows, columns, x) + self.content.scores(x)
+
+
+class LearnedContent(PositionAndContent, QueryEncoding, name="learned_content"):
     """Scores of `LearnedQuery` plus those of content, with the same query (Ramachandran et al. 2019)."""
 
     position: LearnedQuery
     content: Content
 
-    needs_x = True
     torch_names: ClassVar = _TABLE_NAMES | _QUERY_NAMES | _KEY_NAMES
 
     @classmethod
@@ -547,18 +556,13 @@ class LearnedContent(QueryEncoding, name="learned_content"):
         tables, query = cls.own_or_shared(module, features, tables), declare_query(module, features)
         return cls(LearnedQuery.of_query(tables, query), Content.declare(module, features, query))
 
-    def scores(self, rows: Array, columns: Array, x: Array | None = None) -> Array:
-        """Returns the scores of position plus those of content."""
-        return self.position.scores(rows, columns, x) + self.content.scores(x)
 
-
-class LearnedContentPosition(LearnedEncoding, name="learned_content_position"):
+class LearnedContentPosition(PositionAndContent, LearnedEncoding, name="learned_content_position"):
     """Scores of `Learned` plus those of content (the paper's "learned + content")."""
 
     position: Learned
     content: Content
 
-    needs_x = True
     torch_names: ClassVar = _POSITION_ONLY_NAMES | _QUERY_NAMES | _KEY_NAMES
 
     @classmethod
@@ -566,10 +570,6 @@ class LearnedContentPosition(LearnedEncoding, name="learned_content_position"):
         """Declares what `Learned` does, and the maps of query and key."""
         position = Learned.declare(module, features, tables)
         return cls(position, Content.declare(module, features, declare_query(module, features)))
-
-    def scores(self, rows: Array, columns: Array, x: Array | None = None) -> Array:
-        """Returns the scores of position plus those of content."""
-        return self.position.scores(rows, columns, x) + self.content.scores(x)
 
 
 class Gated(CenteredEncoding, name="gated"):
