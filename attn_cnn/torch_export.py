@@ -67,7 +67,7 @@ def _write_pickle(run: Run, state_dict: dict[str, np.ndarray], path: epath.Path)
             f"writing {path} needs PyTorch: pip install torch, or name a file that ends in .npz or .safetensors."
         ) from None
     content = {"model_state_dict": {name: torch.tensor(array) for name, array in state_dict.items()}}
-    epochs = run.step // create_experiment(run.config).steps_per_epoch
+    epochs = run.step // create_experiment(run.config, run.spec).steps_per_epoch
     torch.save(content | {"epoch": epochs - 1}, os.fspath(path))
 
 

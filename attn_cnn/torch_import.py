@@ -279,7 +279,7 @@ def import_checkpoint(path: epath.Path, config: ml_collections.ConfigDict, workd
     variables = import_variables(state_dict, experiment.config.model)
     step = min(epochs, experiment.config.epochs) * experiment.steps_per_epoch
     metrics = None if accuracy is None else {"test_accuracy": accuracy}
-    workdir_lib.create(workdir, experiment.config, state_of(experiment, variables, step), metrics)
+    workdir_lib.create(workdir, experiment.config, experiment.spec, state_of(experiment, variables, step), metrics)
     return step
 
 

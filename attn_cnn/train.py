@@ -11,13 +11,15 @@ import ml_collections
 from etils import epath
 
 from attn_cnn.errors import Stopped, UserError
-from attn_cnn.training import cluster, data, devices
+from attn_cnn.training import checkpoint, cluster, data, devices
 from attn_cnn.training import workdir as workdir_lib
 from attn_cnn.training.checkpoint import Checkpoints
+from attn_cnn.training.dataset import Dataset
 from attn_cnn.training.experiment import (
     Experiment,
     TrainState,
     abstract_state,
+    checked,
     create_experiment,
     first_state,
     load_config,
@@ -43,10 +45,11 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, profile: b
       UserError: the config, the data set or the workdir is not usable, or the loss is not finite.
       Stopped: Ctrl-C or SIGTERM came to this host or to another; a checkpoint of that very step is written.
     """
-    experiment, workdir = create_experiment(config), workdir_lib.open_workdir(workdir)
+    config, workdir = checked(config), workdir_lib.open_workdir(workdir)
     cluster.tell()
-    check_same_config(experiment)
-    dataset = load_data(experiment)
+    check_same_config(config)
+    dataset = load_data(config)
+    experiment = create_experiment(config, dataset.spec)
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.default_matmul_precision(experiment.config.matmul_precision))
         interrupt = stack.enter_context(Interrupt())
@@ -59,7 +62,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, profile: b
         # A checkpoint without metrics was written on the way: at the end of an epoch, before its evaluation.
         evaluated = step == 0 or checkpoints.metrics(step) is not None
         if step == experiment.total_steps and evaluated:
-            accuracy = checkpoints.metrics(step)["test_accuracy"]
+            accuracy = checkpoint.accuracy(checkpoints.metrics(step))
             if profile:
                 log.warning("No step is left to trace; give --profile another --workdir.")
         else:
@@ -71,7 +74,8 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, profile: b
             loop = Loop(experiment, state, dataset, checkpoints, writer, interrupt, profiler, bar)
             loop.run(what_happens(experiment, step, evaluated))
             state, accuracy = loop.state, loop.test["accuracy"]
-    log.info("%s is finished: %d steps, test accuracy %.4f.", workdir, experiment.total_steps, accuracy)
+    steps, split = experiment.total_steps, experiment.evaluated_on
+    log.info("%s is finished: %d steps, %s accuracy %.4f.", workdir, steps, split, accuracy)
     return state
 
 
@@ -90,9 +94,9 @@ def start(experiment: Experiment, checkpoints: Checkpoints) -> tuple[int, TrainS
     return 0, state
 
 
-def load_data(experiment: Experiment) -> data.Dataset:
+def load_data(config: ml_collections.ConfigDict) -> Dataset:
     """Loads the data set on every host; first on process 0, so that where they share a disk only one prepares it."""
-    load = functools.partial(data.load, experiment.config.data.name, experiment.config.data.dir)
+    load = functools.partial(data.load_part, config.data)
     first = devices.on_every_host(lambda: load() if jax.process_index() == 0 else None)
     return devices.on_every_host(lambda: first or load())
 
@@ -110,13 +114,16 @@ def claim(workdir: epath.Path, experiment: Experiment, stack: contextlib.ExitSta
             f"{workdir} holds a run with another config; set another --workdir, or the fields as they were:\n  "
             + "\n  ".join(lines)
         )
+    workdir_lib.check_data(workdir, experiment.spec)
     if experiment.config.to_dict() != theirs.to_dict():
         workdir_lib.update(workdir, experiment.config, stack)
+    if workdir_lib.read_spec(workdir) is None:
+        workdir_lib.write_spec(workdir, experiment.spec)
 
 
-def check_same_config(experiment: Experiment) -> None:
+def check_same_config(config: ml_collections.ConfigDict) -> None:
     """Raises UserError unless all hosts were given the same config."""
-    seen = devices.everywhere(zlib.crc32(experiment.config.to_json().encode()) & 0x7FFFFFFF)
+    seen = devices.everywhere(zlib.crc32(config.to_json().encode()) & 0x7FFFFFFF)
     if len(set(seen.tolist())) > 1:
         raise UserError("the hosts were given different configs; start all of them with the same command.")
 
@@ -127,12 +134,12 @@ def check_same_workdir(workdir: epath.Path) -> None:
         raise UserError(f"not all hosts see {workdir}, where the first wrote; set --workdir to what all of them reach.")
 
 
-def check_same_model(experiment: Experiment, workdir: epath.Path) -> None:
-    """Raises UserError unless `workdir` holds a run whose model and data are those of `experiment`."""
+def check_same_model(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
+    """Raises UserError unless `workdir` holds a run whose model and data are those of `config`."""
     if not (workdir / workdir_lib.CONFIG).exists():
         raise UserError(f"{workdir} holds no run to evaluate; train one first, or set --workdir.")
     fields = ("model.", "data.", "dtype", "matmul", "optimizer.name")
-    if lines := workdir_lib.differences(experiment.config, load_config(workdir), only=fields):
+    if lines := workdir_lib.differences(config, load_config(workdir), only=fields):
         raise UserError(f"{workdir} holds a run of another model; its config differs:\n  " + "\n  ".join(lines))
 
 
@@ -141,13 +148,18 @@ def evaluate(
 ) -> dict[str, float]:
     """Returns loss and accuracy of a checkpoint in `workdir` ("newest", "best" or a step) on the test set.
 
+    That is the test set also where a part of the training set was held out.
+
     Raises:
       UserError: there is no checkpoint, or it is of another config.
     """
-    experiment, workdir = create_experiment(config), workdir_lib.open_workdir(workdir)
-    devices.on_every_host(lambda: check_same_model(experiment, workdir))
+    config, workdir = checked(config), workdir_lib.open_workdir(workdir)
+    devices.on_every_host(lambda: check_same_model(config, workdir))
+    config.data.validation_fraction = 0.0
+    dataset = load_data(config)
+    workdir_lib.check_data(workdir, dataset.spec, only=("image_shape", "mean", "std", "names"))
+    experiment = create_experiment(config, dataset.spec)
     step, state = restore(experiment, workdir, step)
-    dataset = load_data(experiment)
     test_set = devices.replicate((dataset.test_images, dataset.test_labels))
     with Interrupt() as interrupt, jax.default_matmul_precision(experiment.config.matmul_precision):
         results = create_evaluate(experiment, *test_set, interrupt)(devices.replicate(state))

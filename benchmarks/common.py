@@ -25,8 +25,9 @@ from jaxtyping import Int, UInt8
 from attn_cnn.mixing import UNBOUNDED
 from attn_cnn.model import create_model
 from attn_cnn.train import load_data
-from attn_cnn.training import data, devices
+from attn_cnn.training import devices
 from attn_cnn.training.checkpoint import Checkpoints
+from attn_cnn.training.dataset import Spec
 from attn_cnn.training.experiment import Experiment, Next, create_experiment, random_state, what_happens
 from attn_cnn.training.loop import Loop
 from attn_cnn.training.metrics import Writer
@@ -75,7 +76,7 @@ def paper_experiment(module: ModuleType, grid: int, batch: int, **model: Any) ->
     config.model.update(image_shape=(side, side, 3), max_side=max(config.model.max_side, grid))
     config.model.update(attention_dropout=0.0, **model)
     names = tuple(map(str, range(config.model.classes)))
-    spec = data.Spec(config.model.image_shape, len(names), (0.5,) * 3, (0.2,) * 3, EXAMPLES, names)
+    spec = Spec(config.model.image_shape, (0.5,) * 3, (0.2,) * 3, EXAMPLES, names)
     return create_experiment(config, spec)
 
 
@@ -141,7 +142,7 @@ def real_loop(config: ml_collections.ConfigDict) -> Iterator[Loop]:
         Writer(epath.Path(folder) / "metrics", 0, True) as writer,
         progress_line(0, experiment.total_steps) as bar,
     ):
-        state, dataset = random_state(experiment), load_data(experiment)
+        state, dataset = random_state(experiment), load_data(experiment.config)
         yield Loop(experiment, state, dataset, checkpoints, writer, Interrupt(), Profile(None), bar)
 
 

@@ -87,8 +87,13 @@ def run() -> ml_collections.ConfigDict:
             "init_from": "",  # the workdir of a run to start from
             "init_except": (),  # its parameters that start afresh, as in ("classifier",)
             "data": {
-                "name": "cifar10",
+                "name": "cifar10",  # or another of TensorFlow Datasets, digits, folder:PATH, npz:PATH
                 "dir": "",  # TFDS_DATA_DIR, or tfds's default
+                "train_split": "train",
+                "test_split": "test",
+                "image_size": 0,  # to which pictures of a folder are resized; 0: they are of one size
+                "train_fraction": 1.0,  # of each class, after what is held out
+                "validation_fraction": 0.0,  # of each class, held out of the training set to choose by
                 "crop_padding": 4,
                 "flip": True,
             },

@@ -75,7 +75,10 @@ def test_every_field_stands_in_every_experiment(experiment, scale):
         ("model.name", "vgg", "one of attention, resnet18"),
         ("model.classes", 100, "cifar10 has 10 classes"),
         ("model.image_shape", (28, 28, 1), r"cifar10's images are \(32, 32, 3\)"),
-        ("data.name", "imagenet", "one of cifar10, cifar100, digits"),
+        ("data.name", " ", "digits, the name of a data set of TensorFlow Datasets as cifar10, folder:PATH or npz:PATH"),
+        ("data.image_size", 64, "only pictures of a folder are resized"),
+        ("data.train_fraction", 1.5, "a number from 0 to 1"),
+        ("data.validation_fraction", 1.0, "a number from 0 to below 1"),
     ],
 )
 def test_a_wrong_value_is_named(field, value, message):

@@ -139,7 +139,11 @@ def test_a_value_that_passes_makes_a_training_step_or_is_too_large(experiment, f
         assert (after, loss.shape) == (before, ())
 
 
-DEFAULTS = {"condition_penalty", "init_from", "init_except", "micro_batch_size"} | {
+DEFAULTS = {"condition_penalty", "init_from", "init_except", "micro_batch_size"}
+DEFAULTS |= {
+    f"data.{name}" for name in ("train_split", "test_split", "image_size", "train_fraction", "validation_fraction")
+}
+DEFAULTS |= {
     f"model.{name}"
     for name in (
         "layer",

@@ -1,21 +1,14 @@
-"""Data sets: whole, decoded once, never silently another."""
-
-import dataclasses
-import os
-import shutil
-import time
+"""The data of a run: what is known of it, the part that is trained on, the order of its examples."""
 
 import numpy as np
 import pytest
-from etils import epath
 
 from attn_cnn.errors import UserError
 from attn_cnn.training import data
 
-TFDS = epath.Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
-needs_cifar = pytest.mark.skipif(
-    not (TFDS / "cifar10").exists(), reason=f"needs CIFAR-10, which is not in {TFDS} (TFDS_DATA_DIR)"
-)
+
+def same(a, b):
+    return all(np.array_equal(x, y) for x, y in zip(a[:4], b[:4], strict=True)) and a[4:] == b[4:]
 
 
 def test_digits_are_split_in_fixed_strata():
@@ -25,7 +18,7 @@ def test_digits_are_split_in_fixed_strata():
     shares = [np.bincount(labels) / len(labels) for labels in (digits.train_labels, digits.test_labels)]
     np.testing.assert_allclose(*shares, atol=2e-3)
     again = data.load("digits")
-    assert all(np.array_equal(a, b) for a, b in zip(digits, again, strict=True))
+    assert same(digits, again)
 
 
 def test_what_is_written_of_the_digits_is_true():
@@ -49,136 +42,53 @@ def test_an_order_is_not_written_to():
         data.epoch_order(0, 0, 10)[0] = 1
 
 
-@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-def test_without_data_or_network_the_message_names_the_ways_out(name, tmp_path, monkeypatch):
-    monkeypatch.setitem(data.SPECS, name, dataclasses.replace(data.SPECS[name], url="http://127.0.0.1:9/x"))
-    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-    started = time.monotonic()
-    with pytest.raises(UserError) as error:
-        data.load(name)
-    assert time.monotonic() - started < 15
-    for word in (name, str(tmp_path / name), "network", "TFDS_DATA_DIR", ":digits"):
-        assert word in str(error.value)
+LABELS = np.repeat(np.arange(3), (50, 20, 10))
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """A folder for data sets, in place of every cache of the user's."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("MPLCONFIGDIR", str(tmp_path / "matplotlib"))  # tfds may import matplotlib, which writes there
-    return tmp_path
+def small(labels=LABELS):
+    """A data set whose images tell their place."""
+    images = np.arange(len(labels), dtype=np.uint8)[:, None, None, None]
+    spec = data.Spec((1, 1, 1), (0.5,), (0.5,), len(labels), ("a", "b", "c"))
+    return data.Dataset(images, labels, images[:0], labels[:0], spec)
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """30 and 20 images of noise, which tfds prepared as CIFAR-10, and their labels."""
-    tfds = pytest.importorskip("tensorflow_datasets")
-    rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("tiny")
-    labels = {"train": rng.integers(0, 10, 30), "test": rng.integers(0, 10, 20)}
-    examples = {
-        split: [
-            (i, {"image": rng.integers(0, 256, (32, 32, 3)).astype(np.uint8), "label": int(label)})
-            for i, label in enumerate(of_split)
-        ]
-        for split, of_split in labels.items()
-    }
-    features = {"image": tfds.features.Image(shape=(32, 32, 3)), "label": tfds.features.ClassLabel(num_classes=10)}
-    tfds.dataset_builders.store_as_tfds_dataset(
-        name="cifar10",
-        version="3.0.2",
-        features=tfds.features.FeaturesDict(features),
-        split_datasets=examples,
-        data_dir=str(folder),
-        disable_shuffling=True,
-    )
-    return folder, labels
+def test_a_fraction_of_the_training_set_has_the_same_share_of_each_class():
+    part = data.part(small(), train_fraction=0.1, validation_fraction=0)
+    assert np.bincount(part.train_labels).tolist() == [5, 2, 1]
+    assert part.spec.train_size == 8
+    np.testing.assert_array_equal(LABELS[part.train_images.ravel()], part.train_labels)
 
 
-@pytest.fixture
-def tiny_cifar(tiny, folder):
-    shutil.copytree(tiny[0] / "cifar10", folder / "cifar10")
-    return folder
+def test_a_larger_fraction_holds_the_smaller():
+    parts = [data.part(small(), fraction, 0.2).train_images.ravel().tolist() for fraction in (0.2, 0.5, 1.0)]
+    assert set(parts[0]) < set(parts[1]) < set(parts[2])
 
 
-def same(a, b):
-    return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+def test_what_is_held_out_is_not_trained_on_and_does_not_depend_on_the_fraction_that_is():
+    parts = [data.part(small(), fraction, 0.2) for fraction in (0.5, 1.0)]
+    held = [part.test_images.ravel().tolist() for part in parts]
+    assert held[0] == held[1] and np.bincount(parts[0].test_labels).tolist() == [10, 4, 2]
+    assert sorted(held[1] + parts[1].train_images.ravel().tolist()) == list(range(80))
 
 
-@needs_cifar
-@pytest.mark.slow
-def test_cifar_is_whole(folder):
-    version = folder / "cifar10" / "3.0.2"
-    shutil.copytree(TFDS / "cifar10" / "3.0.2", version)
-    for path in (version, *version.iterdir()):
-        path.chmod(0o755)
-    cifar, spec = data.load("cifar10", str(folder)), data.SPECS["cifar10"]
-    assert cifar.train_images.shape == (50_000, 32, 32, 3) and cifar.test_images.shape == (10_000, 32, 32, 3)
-    assert cifar.train_images.dtype == np.uint8
-    np.testing.assert_array_equal(np.bincount(cifar.train_labels), np.full(10, 5000))
-    np.testing.assert_allclose(
-        cifar.train_images.mean((0, 1, 2)) / 255, spec.mean, atol=0.01
-    )  # of the original; ours may be recompressed
+def test_without_fractions_the_data_set_is_whole():
+    assert same(small(), data.part(small(), 1.0, 0.0))
 
 
-@pytest.mark.slow
-def test_a_data_set_is_decoded_once_and_cached_beside_the_data(tiny, tiny_cifar, caplog):
-    caplog.set_level("INFO")
-    first = data.load("cifar10", str(tiny_cifar))
-    assert first.train_images.shape == (30, 32, 32, 3) and first.test_images.shape == (20, 32, 32, 3)
-    assert same((first.train_labels, first.test_labels), tiny[1].values())
-    assert caplog.text.count("Decoding") == 1
-    assert same(first, data.load("cifar10", str(tiny_cifar)))
-    assert caplog.text.count("Decoding") == 1
-    assert list((tiny_cifar / "cifar10").glob("cifar10-3.0.2-*.npz")) and not (tiny_cifar / "cache").exists()
-
-
-@pytest.mark.slow
-def test_the_cache_moves_to_the_users_folder_where_the_data_is_read_only(tiny_cifar, monkeypatch, caplog):
-    caplog.set_level("INFO")
-    beside, savez = tiny_cifar / "cifar10", np.savez
-
-    def savez_but_not_beside(file, **arrays):  # root may write to a read-only folder
-        if beside == epath.Path(file.name).parent:
-            raise PermissionError(file.name)
-        savez(file, **arrays)
-
-    monkeypatch.setattr(np, "savez", savez_but_not_beside)
-    first = data.load("cifar10", str(tiny_cifar))
-    assert list((tiny_cifar / "cache" / "attn_cnn").glob("cifar10-3.0.2-*.npz"))
-    assert [path.name for path in beside.iterdir()] == ["3.0.2"]
-    assert same(first, data.load("cifar10", str(tiny_cifar)))
-    assert caplog.text.count("Decoding") == 1
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    "damage",
-    [lambda b: b[: len(b) // 2], lambda b: b[:500] + b"\xff" * 9 + b[509:], lambda b: b""],
-    ids=["cut", "overwritten", "emptied"],
+    "fractions, message",
+    [
+        ((0.0, 0.0), "train_fraction is 0.0, which leaves 3 of 3 classes no image"),
+        ((0.04, 0.0), "train_fraction is 0.04, which leaves 1 of 3 classes no image"),
+        ((1.0, 0.01), "validation_fraction is 0.01, which leaves 3 of 3"),
+        ((1.0, 0.99), "validation_fraction is 0.99, which leaves 3 of 3"),
+    ],
 )
-def test_a_damaged_cache_is_decoded_again(damage, tiny_cifar, caplog):
-    caplog.set_level("INFO")
-    first = data.load("cifar10", str(tiny_cifar))
-    (cache,) = (tiny_cifar / "cifar10").glob("*.npz")
-    cache.write_bytes(damage(cache.read_bytes()))
-    assert same(first, data.load("cifar10", str(tiny_cifar)))
-    assert caplog.text.count("Decoding") == 2 and "is damaged" in caplog.text
-    assert same(first, data.load("cifar10", str(tiny_cifar)))
-    assert caplog.text.count("Decoding") == 2
+def test_a_fraction_that_leaves_a_class_without_images_is_refused(fractions, message):
+    with pytest.raises(UserError, match=message):
+        data.part(small(), *fractions)
 
 
-@pytest.mark.slow
-def test_a_data_set_that_was_prepared_anew_is_decoded_anew(tiny_cifar, caplog):
-    caplog.set_level("INFO")
-    data.load("cifar10", str(tiny_cifar))
-    (tiny_cifar / "cifar10" / "3.0.2" / "label.labels.txt").write_text("airplane\n")
-    data.load("cifar10", str(tiny_cifar))
-    assert caplog.text.count("Decoding") == 2
-
-
-@pytest.mark.slow
-def test_a_damaged_data_set_is_named(tiny_cifar):
-    (shard,) = (tiny_cifar / "cifar10" / "3.0.2").glob("*test.tfrecord*")
-    shard.write_bytes(shard.read_bytes()[:10_000])
-    with pytest.raises(UserError, match=r"3\.0\.2 is damaged.*prepare it again"):
-        data.load("cifar10", str(tiny_cifar))
+def test_each_data_set_has_a_name_for_each_class():
+    for spec in data.SPECS.values():
+        assert len(spec.names) == len(set(spec.names)) > 1

@@ -128,7 +128,7 @@ def test_a_loaded_run_predicts_what_evaluation_measures(workdir):
 def test_a_loaded_run_is_what_its_workdir_says(workdir):
     before = program.content(Path(workdir))
     run = load_run(workdir)
-    assert run._fields == ("model", "params", "batch_stats", "config", "mean", "std", "step")
+    assert run._fields == ("model", "params", "batch_stats", "config", "mean", "std", "step", "spec")
     assert run.config.to_dict() == load_config(workdir).to_dict()
     assert (run.mean, run.std) == (data.SPECS["digits"].mean, data.SPECS["digits"].std)
     assert run.step == program.newest_checkpoint(workdir)
@@ -147,7 +147,7 @@ def three_checkpoints(digits, tmp_path_factory):
         step: state.replace(step=np.int32(step), params=jax.tree.map(lambda p, step=step: p + step, state.params))
         for step in (14, 28, 42)
     }
-    workdir_lib.create(workdir, digits.config, states[14], {"test_accuracy": 0.2})
+    workdir_lib.create(workdir, digits.config, digits.spec, states[14], {"test_accuracy": 0.2})
     with Checkpoints(workdir / workdir_lib.CHECKPOINTS, keep=3) as checkpoints:
         checkpoints.save(28, states[28], {"test_accuracy": 0.9})
         checkpoints.save(42, states[42], {"test_accuracy": 0.5})

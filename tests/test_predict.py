@@ -7,7 +7,7 @@ import pytest
 
 from attn_cnn import load_run, predict, train
 from attn_cnn.errors import UserError
-from attn_cnn.training import data
+from attn_cnn.training import data, pictures
 from configs import quadratic
 
 
@@ -42,8 +42,8 @@ def test_the_command_prints_names_and_probabilities(workdir, tmp_path):
 def test_a_picture_is_resized_and_grey_where_there_is_one_channel(tmp_path):
     PIL.Image.new("RGBA", (31, 17), (255, 0, 0, 255)).save(tmp_path / "red.png")
     path = predict.find_pictures([str(tmp_path / "red.png")])[0]
-    assert predict.read_picture(path, (8, 6, 1)).shape == (8, 6, 1)
-    assert predict.read_picture(path, (8, 6, 3))[0, 0].tolist() == [255, 0, 0]
+    assert pictures.read(path, (8, 6, 1)).shape == (8, 6, 1)
+    assert pictures.read(path, (8, 6, 3))[0, 0].tolist() == [255, 0, 0]
 
 
 def test_a_file_that_is_missing_or_no_picture_is_named(tmp_path):
@@ -51,9 +51,4 @@ def test_a_file_that_is_missing_or_no_picture_is_named(tmp_path):
         predict.find_pictures([str(tmp_path / "nothing.png")])
     (tmp_path / "text.png").write_text("hello")
     with pytest.raises(UserError, match="text.png is no picture"):
-        predict.read_picture(predict.find_pictures([str(tmp_path / "text.png")])[0], (8, 8, 1))
-
-
-def test_each_data_set_has_a_name_for_each_class():
-    for spec in data.SPECS.values():
-        assert len(spec.names) == spec.classes == len(set(spec.names))
+        pictures.read(predict.find_pictures([str(tmp_path / "text.png")])[0], (8, 8, 1))

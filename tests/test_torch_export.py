@@ -11,6 +11,7 @@ from attn_cnn.errors import UserError
 from attn_cnn.model import abstract_variables
 from attn_cnn.torch_export import export_run, export_variables
 from attn_cnn.torch_import import import_state_dict, import_variables, read_checkpoint
+from attn_cnn.training.data import SPECS
 from attn_cnn.training.experiment import Run
 from configs import quadratic, resnet18
 
@@ -49,7 +50,7 @@ def test_what_is_exported_is_imported_as_it_was(model):
 
 def run_of(config):
     variables = random_variables(config.model)
-    return Run(None, variables["params"], variables.get("batch_stats", {}), config, (0.5,), (0.5,), 28)
+    return Run(None, variables["params"], variables.get("batch_stats", {}), config, (0.5,), (0.5,), 28, SPECS["digits"])
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors", ".pt"])

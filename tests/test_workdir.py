@@ -41,7 +41,7 @@ def held(workdir, config):
 
 
 def test_a_workdir_that_was_made_holds_the_state(experiment, state, workdir):
-    workdir_lib.create(workdir, experiment.config, state, {"test_accuracy": 0.5})
+    workdir_lib.create(workdir, experiment.config, experiment.spec, state, {"test_accuracy": 0.5})
     assert workdir_lib.differences(experiment_lib.load_config(workdir), experiment.config) == []
     step, restored = experiment_lib.restore(experiment, workdir)
     assert step == 14
@@ -52,13 +52,13 @@ def test_a_workdir_that_was_made_holds_the_state(experiment, state, workdir):
 
 @pytest.mark.parametrize("leaving", [{"config.json"}, {"checkpoints"}, {"config.json", "checkpoints"}])
 def test_a_workdir_that_holds_a_run_is_not_made_again(leaving, experiment, state, workdir):
-    workdir_lib.create(workdir, experiment.config, state)
+    workdir_lib.create(workdir, experiment.config, experiment.spec, state)
     for path in workdir.iterdir():
         if path.name not in leaving:
             path.rmtree() if path.is_dir() else path.unlink()
     before = sorted(path.name for path in workdir.iterdir())
     with pytest.raises(UserError, match="made holds a run already; set another --workdir"):
-        workdir_lib.create(workdir, experiment.config, state)
+        workdir_lib.create(workdir, experiment.config, experiment.spec, state)
     assert sorted(path.name for path in workdir.iterdir()) == before == sorted(leaving)
 
 

@@ -34,7 +34,7 @@ FIELDS = {
 
 
 class Checkpoints:
-    """The checkpoints of one workdir, named by step: the newest `keep` and the best by test accuracy.
+    """The checkpoints of one workdir, named by step: the newest `keep`, and the best by what was evaluated.
 
     It is a context manager, and leaving it waits for the last write. With `read_only` nothing on disk changes.
     """
@@ -42,12 +42,12 @@ class Checkpoints:
     def __init__(self, directory: epath.Path, keep: int = 1, read_only: bool = False):
         self.directory = directory = directory.resolve()  # orbax takes absolute paths only
         newest = preservation_policy.LatestN(keep)
-        best = preservation_policy.BestN(get_metric_fn=_test_accuracy, n=1, keep_checkpoints_without_metrics=False)
+        best = preservation_policy.BestN(get_metric_fn=accuracy, n=1, keep_checkpoints_without_metrics=False)
         if read_only:
             options = ocp.CheckpointManagerOptions(read_only=True)
         else:
             options = ocp.CheckpointManagerOptions(
-                best_fn=_test_accuracy,  # without it orbax does not write the metrics
+                best_fn=accuracy,  # without it orbax does not write the metrics
                 preservation_policy=preservation_policy.AnyPreservationPolicy([newest, best]),
                 cleanup_tmp_directories=True,
             )
@@ -121,7 +121,7 @@ class Checkpoints:
             return steps
         if step == "best":
             measured = [s for s in steps if self.metrics(s)]
-            return [max(measured, key=lambda s: _test_accuracy(self.metrics(s)))] if measured else steps[:1]
+            return [max(measured, key=lambda s: accuracy(self.metrics(s)))] if measured else steps[:1]
         if step not in steps:
             raise UserError(f"{self.directory} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}.")
         return [step]
@@ -176,7 +176,7 @@ class Checkpoints:
             return
         for item in self.directory.glob("*/metrics"):
             try:
-                float(json.loads((item / "metrics").read_text())["test_accuracy"])
+                accuracy(json.loads((item / "metrics").read_text()))
             except (OSError, ValueError, KeyError, TypeError) as error:
                 log.warning("%s is damaged (%s): the step is evaluated anew.", item, first_line(error))
                 with _explained("opened", self.directory):
@@ -201,8 +201,9 @@ def _explained(done: str, directory: epath.Path) -> Iterator[None]:
         raise UserError(f"the checkpoints in {directory} cannot be {done}: {first_line(error)}") from error
 
 
-def _test_accuracy(metrics: dict[str, float]) -> float:
-    return metrics["test_accuracy"]
+def accuracy(metrics: dict[str, float]) -> float:
+    """Returns the accuracy among the metrics of a checkpoint: on the images that were held out, or the test set's."""
+    return float(metrics["validation_accuracy" if "validation_accuracy" in metrics else "test_accuracy"])
 
 
 def _flat(tree: dict) -> dict[str, Any]:

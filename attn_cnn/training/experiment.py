@@ -22,6 +22,7 @@ from attn_cnn import schema
 from attn_cnn.errors import UserError
 from attn_cnn.training import checkpoint, data, devices, optim
 from attn_cnn.training import workdir as workdir_lib
+from attn_cnn.training.dataset import Spec
 
 FIELDS = {
     "seed": schema.integer(0, 2**31 - 1),
@@ -45,8 +46,8 @@ FIELDS = {
 }
 
 
-def checked(config: ml_collections.ConfigDict, spec: data.Spec | None = None) -> ml_collections.ConfigDict:
-    """Returns the config, with defaults where fields are missing; `spec` describes other data than it names.
+def checked(config: ml_collections.ConfigDict, spec: Spec | None = None) -> ml_collections.ConfigDict:
+    """Returns the config, with defaults where fields are missing; `spec` is of its data, where that is loaded.
 
     Raises:
       UserError: the config does not describe a run; the message names field, value and choices.
@@ -146,12 +147,17 @@ class Experiment(NamedTuple):
     """What follows from a config alone."""
 
     config: ml_collections.ConfigDict
-    spec: data.Spec
+    spec: Spec
     model: nn.Module
     schedule: optax.Schedule
     optimizer: optax.GradientTransformation
     steps_per_epoch: int
     total_steps: int
+
+    @property
+    def evaluated_on(self) -> str:
+        """What the run is evaluated on while it trains: "validation", the images that are held out, or "test"."""
+        return "validation" if self.config.data.validation_fraction else "test"
 
     @property
     def pieces(self) -> int:
@@ -165,14 +171,20 @@ class Experiment(NamedTuple):
         return order[batch * self.config.batch_size : (batch + 1) * self.config.batch_size]
 
 
-def create_experiment(config: ml_collections.ConfigDict, spec: data.Spec | None = None) -> Experiment:
-    """Returns what follows from `config`; `spec` describes other data than the config names.
+def create_experiment(config: ml_collections.ConfigDict, spec: Spec | None = None) -> Experiment:
+    """Returns what follows from `config`.
+
+    Args:
+      config: the config.
+      spec: what is known of its data; None: the data is loaded, where only that tells.
 
     Raises:
       UserError: the config does not describe a run, or its state is larger than a device's memory.
     """
     config = checked(config, spec)
-    spec = spec or data.SPECS[config.data.name]
+    if spec is None:
+        spec = data.known_spec(config.data) or data.load_part(config.data).spec
+        config = checked(config, spec)
     steps_per_epoch = spec.train_size // config.batch_size
     schedule = optim.create_schedule(config.optimizer, steps_per_epoch, config.epochs)
     experiment = Experiment(
@@ -290,7 +302,7 @@ class Next(enum.Enum):
 
     TRAIN = "train"  # a step
     REPORT = "report"  # the metrics since the last time
-    EVALUATE = "evaluate"  # the test set
+    EVALUATE = "evaluate"  # on the test set, or on what is held out
     SAVE = "save"  # a checkpoint
 
 
@@ -331,6 +343,7 @@ class Run(NamedTuple):
       mean: mean of each channel of the images, scaled to [0, 1], for `augment.normalize`.
       std: standard deviation of each channel.
       step: steps that were done.
+      spec: what else is known of the run's data: the classes' names, the number of images.
     """
 
     model: nn.Module
@@ -340,6 +353,7 @@ class Run(NamedTuple):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     step: int
+    spec: Spec
 
 
 def load_run(workdir: epath.PathLike, step: int | str = "newest") -> Run:
@@ -347,13 +361,13 @@ def load_run(workdir: epath.PathLike, step: int | str = "newest") -> Run:
 
     Args:
       workdir: the folder of a run.
-      step: "newest", "best" (by test accuracy), or the step of a checkpoint.
+      step: "newest", "best" (by accuracy on the test set, or on what is held out), or the step of a checkpoint.
 
     Raises:
       UserError: there is no run, or no such checkpoint of it, or it cannot be read.
     """
     workdir = workdir_lib.open_workdir(workdir)
-    experiment = create_experiment(load_config(workdir))
+    experiment = create_experiment(load_config(workdir), workdir_lib.read_spec(workdir))
     step, state = restore(experiment, workdir, step)
     return Run(
         model=model_lib.create_model(experiment.config.model, experiment.config.dtype),
@@ -363,6 +377,7 @@ def load_run(workdir: epath.PathLike, step: int | str = "newest") -> Run:
         mean=experiment.spec.mean,
         std=experiment.spec.std,
         step=step,
+        spec=experiment.spec,
     )
 
 

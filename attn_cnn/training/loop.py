@@ -9,8 +9,9 @@ import jax
 import tqdm
 
 from attn_cnn.errors import Stopped, UserError
-from attn_cnn.training import data, devices
+from attn_cnn.training import devices
 from attn_cnn.training.checkpoint import Checkpoints
+from attn_cnn.training.dataset import Dataset
 from attn_cnn.training.experiment import Experiment, Next, TrainState
 from attn_cnn.training.metrics import Writer
 from attn_cnn.training.progress import Clock, log_epoch, window_metrics
@@ -28,7 +29,7 @@ class Loop:
         self,
         experiment: Experiment,
         state: TrainState,
-        dataset: data.Dataset,
+        dataset: Dataset,
         checkpoints: Checkpoints,
         writer: Writer,
         interrupt: Interrupt,
@@ -37,7 +38,7 @@ class Loop:
     ):
         self.experiment, self.checkpoints, self.writer = experiment, checkpoints, writer
         self.interrupt, self.profiler, self.bar = interrupt, profiler, bar
-        self.images, self.labels, *test_set = devices.replicate(tuple(dataset))
+        self.images, self.labels, *test_set = devices.replicate(dataset[:4])
         self.state, self.test, self.loss = devices.replicate(state), {}, None
         self.places = devices.shares(experiment.config.batch_size, experiment.pieces)
         self.step = compile_train_step(experiment)
@@ -78,19 +79,21 @@ class Loop:
         self.writer.write(step, window_metrics(self.experiment, step, self.state, self.clock))
 
     def evaluate(self, step: int) -> None:
-        """Evaluates on the test set; where a signal comes, stops before the metrics are written."""
+        """Evaluates on the test set or what is held out; where a signal comes, stops before the metrics are written."""
         self.clock.pause()
         test = self.evaluation(self.state)
         if test is None:
             self.stop(step)
         self.test = test
-        self.writer.write(step, {f"test/{name}": value for name, value in test.items()})
+        split = self.experiment.evaluated_on
+        self.writer.write(step, {f"{split}/{name}": value for name, value in test.items()})
         log_epoch(self.experiment, step, self.state, test, self.clock)
 
     def save(self, step: int) -> None:
         """Writes a checkpoint, after the metrics that came before it."""
         devices.on_every_host(self.writer.flush)
-        self.checkpoints.save(step, self.state, {f"test_{name}": value for name, value in self.test.items()})
+        split = self.experiment.evaluated_on
+        self.checkpoints.save(step, self.state, {f"{split}_{name}": value for name, value in self.test.items()})
 
     def stop(self, step: int) -> NoReturn:
         """Saves everything and raises Stopped."""

@@ -104,7 +104,7 @@ def _open(directory: epath.Path, step: int, evaluated: bool):
 def trim(directory: epath.Path, step: int, evaluated: bool) -> None:
     """Drops what the checkpoint of `step` does not know of from the event files of `directory`.
 
-    That is every later event, a torn last record and, unless the checkpoint was `evaluated`, its test metrics.
+    That is every later event, a torn last record and, unless the checkpoint was `evaluated`, what evaluation wrote.
     """
     from tensorboard.summary.writer.record_writer import RecordWriter
 
@@ -112,8 +112,8 @@ def trim(directory: epath.Path, step: int, evaluated: bool) -> None:
         kept = io.BytesIO()
         writer = RecordWriter(kept)
         for event in _events(path):
-            tests = any(value.tag.startswith("test/") for value in event.summary.value)
-            if event.step < step or (event.step == step and (evaluated or not tests)):
+            of_evaluation = any(value.tag.startswith(("test/", "validation/")) for value in event.summary.value)
+            if event.step < step or (event.step == step and (evaluated or not of_evaluation)):
                 writer.write(event.SerializeToString())
         temporary = path.with_name("trimmed")
         temporary.write_bytes(kept.getvalue())

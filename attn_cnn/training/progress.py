@@ -81,7 +81,7 @@ def log_epoch(experiment: Experiment, step: int, state: TrainState, test: dict[s
         step // experiment.steps_per_epoch,
         experiment.config.epochs,
         words("train", state.epoch.means()),
-        words("test", test),
+        words(experiment.evaluated_on, test),
         float(experiment.schedule(step - 1)),
         clock.remaining(experiment.total_steps - step),
     )

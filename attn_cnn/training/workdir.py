@@ -1,9 +1,10 @@
-"""A run's folder: config.json, checkpoints/ and metrics/, for one process at a time.
+"""A run's folder: config.json, data.json, checkpoints/ and metrics/, for one process at a time.
 
 The claim is a lock on config.json, which the operating system drops when its process ends, however it ends.
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import logging
@@ -18,10 +19,12 @@ from etils import epath
 from attn_cnn import paths, schema
 from attn_cnn.errors import UserError, first_line
 from attn_cnn.training.checkpoint import Checkpoints
+from attn_cnn.training.dataset import Spec
 
 log = logging.getLogger("attn_cnn")
 
 CONFIG = "config.json"
+DATA = "data.json"
 CHECKPOINTS = "checkpoints"
 
 # Fields that may differ when a run resumes: they change no result, but for micro_batch_size, which, like the number of
@@ -109,7 +112,11 @@ def as_json(config: ml_collections.ConfigDict) -> str:
 
 
 def create(
-    workdir: epath.Path, config: ml_collections.ConfigDict, state: Any, metrics: dict[str, float] | None = None
+    workdir: epath.Path,
+    config: ml_collections.ConfigDict,
+    spec: Spec,
+    state: Any,
+    metrics: dict[str, float] | None = None,
 ) -> None:
     """Makes `workdir` a run of `config` that has come to `state`, with `metrics` if that was evaluated.
 
@@ -120,6 +127,7 @@ def create(
         raise UserError(f"{workdir} holds a run already; set another --workdir.")
     with Checkpoints(workdir / CHECKPOINTS) as checkpoints:
         checkpoints.save(int(state.step), state, metrics)
+    write_spec(workdir, spec)
     # The config comes last: a run without a checkpoint would start from random weights.
     write_config(config, workdir / CONFIG)
 
@@ -142,6 +150,45 @@ def write_config(config: ml_collections.ConfigDict, path: epath.Path) -> None:
                 temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_spec(workdir: epath.Path, spec: Spec) -> None:
+    """Writes what is known of the run's data, so that the run means the same where that data is not.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    temporary = workdir / f"{DATA}.{uuid.uuid4().hex}"
+    try:
+        temporary.write_text(spec.to_json())
+        temporary.replace(workdir / DATA)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{workdir / DATA} cannot be written: {first_line(error)}") from None
+
+
+def read_spec(workdir: epath.Path) -> Spec | None:
+    """Returns what is known of the data of the run in `workdir`, or None where the run is older than the file.
+
+    Raises:
+      UserError: the file is damaged.
+    """
+    path = workdir / DATA
+    if not path.exists():
+        return None
+    try:
+        return Spec.from_json(path.read_text())
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} does not describe the run's data: {first_line(error)}") from None
+
+
+def check_data(workdir: epath.Path, spec: Spec, only: tuple[str, ...] = ("",)) -> None:
+    """Raises UserError if the run in `workdir` is of other data than `spec`, in fields beginning with one of `only`."""
+    if theirs := read_spec(workdir):
+        a, b = dataclasses.asdict(spec), dataclasses.asdict(theirs)
+        lines = [f"{n}: {b[n]!r} then, {a[n]!r} now" for n in a if n.startswith(only) and a[n] != b[n]]
+        if lines:
+            raise UserError(f"the data is not what the run in {workdir} is of (config.data):\n  " + "\n  ".join(lines))
 
 
 def read_config(path: epath.Path) -> ml_collections.ConfigDict:
@@ -167,8 +214,14 @@ def differences(
 ) -> list[str]:
     """Returns the fields (beginning with one of `only`) in which two configs differ, as lines to read.
 
-    Fields that cannot change the results are no difference.
+    Fields that cannot change the results are no difference, nor is where files of data lie.
     """
-    a, b = schema.flatten(ours), schema.flatten(theirs)
+    a, b = (_without_place(schema.flatten(config)) for config in (ours, theirs))
     names = sorted(n for n in (set(a) | set(b)) - HARMLESS if n.startswith(only))
     return [f"{n}: {b.get(n)!r} then, {a.get(n)!r} now" for n in names if a.get(n) != b.get(n)]
+
+
+def _without_place(fields: dict[str, Any]) -> dict[str, Any]:
+    """Returns a config's fields with the kind of data alone where config.data.name is a place, as folder:PATH."""
+    kind, colon, _ = str(fields.get("data.name")).partition(":")
+    return fields | {"data.name": kind} if colon and kind in ("folder", "npz") else fields
