@@ -92,6 +92,16 @@ def test_a_damaged_one_that_was_asked_for_is_an_error(measured):
     assert restore(measured, 2)[0] == 2
 
 
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"test_accuracy": null}'])
+def test_damaged_metrics_of_one_checkpoint_keep_none_from_being_read(content, measured):
+    (measured / "2" / "metrics" / "metrics").write_text(content)
+    before = sorted(Path(measured).rglob("*"))
+    assert restore(measured, "newest", read_only=True)[0] == 4
+    assert restore(measured, "best", read_only=True)[0] == 3
+    assert restore(measured, 2, read_only=True)[0] == 2
+    assert sorted(Path(measured).rglob("*")) == before
+
+
 def test_reading_changes_nothing(measured):
     truncate(Path(measured / "4"))
     before = sorted(Path(measured).rglob("*"))

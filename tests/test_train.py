@@ -1,9 +1,12 @@
 """Runs are the same on any number of devices, and the same after any interruption."""
 
 import json
+import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from typing import Any, NamedTuple
@@ -242,3 +245,30 @@ def test_two_runs_in_one_process_one_of_them_in_a_thread_log_once_each(tmp_path,
         thread.join()
     for name in ("first", "second"):
         assert sum(f"{name} is finished" in message for message in caplog.messages) == 1
+
+
+@pytest.mark.slow
+def test_a_home_that_cannot_be_written_is_no_matter(tmp_path):
+    done = program.run(f"--workdir={tmp_path}/run", "--config.epochs=1", HOME="/proc/self", XDG_CACHE_HOME="")
+    assert "is finished" in done.stderr and "arning" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "use",
+    [
+        "import tensorflow as tf; tf.ones((64, 64)) @ tf.ones((64, 64))",
+        "import torch; torch.ones(64, 64) @ torch.ones(64, 64)",
+    ],
+    ids=["tensorflow", "torch"],
+)
+def test_a_notebook_may_have_used_another_framework_before(use, tmp_path):
+    pytest.importorskip(use.split(";")[0].split()[1])
+    train_it = f"train.train(program.tiny_config(epochs=1), {str(tmp_path / 'run')!r})"
+    lines = (use, "import logging; logging.basicConfig()", 'logging.getLogger("attn_cnn").setLevel("INFO")')
+    script = "\n".join((*lines, "import program; from attn_cnn import train", train_it))
+    path = os.pathsep.join(map(str, (program.ROOT, program.ROOT / "tests")))
+    environment = program.environment(PYTHONPATH=path)
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert done.stderr.count("is finished") == 1
+    assert [step for step, _ in program.scalars(tmp_path / "run", "train/loss")] == [10, 14]

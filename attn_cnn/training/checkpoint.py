@@ -44,7 +44,8 @@ class Checkpoints:
         newest = preservation_policy.LatestN(keep)
         best = preservation_policy.BestN(get_metric_fn=accuracy, n=1, keep_checkpoints_without_metrics=False)
         if read_only:
-            options = ocp.CheckpointManagerOptions(read_only=True)
+            # Without the metrics, of which orbax would not open a damaged one.
+            options = ocp.CheckpointManagerOptions(read_only=True, lightweight_initialize=True)
         else:
             options = ocp.CheckpointManagerOptions(
                 best_fn=accuracy,  # without it orbax does not write the metrics
@@ -81,8 +82,13 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def metrics(self, step: int) -> dict[str, float] | None:
-        """Returns what was measured when the checkpoint of `step` was written, or None."""
-        return self._manager.metrics(step)
+        """Returns what was measured when the checkpoint of `step` was written; None: nothing, or nothing readable."""
+        try:
+            metrics = json.loads((self.directory / str(step) / "metrics" / "metrics").read_text())
+            accuracy(metrics)
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return metrics
 
     def restore(self, state: Any, step: int | str = "newest") -> tuple[int, Any] | None:
         """Returns (step, state) of a checkpoint; None where none was ever finished.
@@ -107,7 +113,7 @@ class Checkpoints:
                 damages[candidate] = (
                     f"{self.directory / str(candidate)}: {damage or 'damaged as another host reads it'}"
                 )
-                log.warning("Damaged checkpoint, the one before it is tried: %s", damages[candidate])
+                log.warning("Damaged checkpoint: %s", damages[candidate])
                 continue
             self._move_aside(damages)
             return candidate, serialization.from_state_dict(state, jax.tree.map(jnp.asarray, tree))
@@ -175,10 +181,9 @@ class Checkpoints:
         if jax.process_index() > 0 or not self.directory.exists():
             return
         for item in self.directory.glob("*/metrics"):
-            try:
-                accuracy(json.loads((item / "metrics").read_text()))
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                log.warning("%s is damaged (%s): the step is evaluated anew.", item, first_line(error))
+            step = item.parent.name
+            if step.isdigit() and self.metrics(int(step)) is None:
+                log.warning("%s is damaged: the step is evaluated anew.", item)
                 with _explained("opened", self.directory):
                     item.rename(item.with_name(f"metrics.damaged-{uuid.uuid4().hex[:8]}"))
 
