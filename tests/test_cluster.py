@@ -2,6 +2,9 @@
 
 import glob
 import logging
+import socket
+import subprocess
+import sys
 
 import jax
 import program
@@ -32,6 +35,24 @@ def test_a_platform_that_is_not_there_is_one_message(platform, tmp_path):
 def test_a_cluster_half_detected_is_a_run(variables, tmp_path):
     done = program.run(f"--workdir={tmp_path}/run", "--config.epochs=1", **variables)
     assert "On 1 CPU device" in done.stderr and "is finished" in done.stderr
+
+
+@pytest.mark.parametrize("host", [0, 1])
+def test_hosts_that_do_not_meet_in_time_end_with_one_message(host):
+    script = f"from attn_cnn.training import cluster; cluster.JOIN_SECONDS = 3; cluster.initialize({{!r}}, 2, {host})"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    done = subprocess.run(
+        [sys.executable, "-c", script.format(address)],
+        cwd=program.ROOT,
+        env=program.environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert f"not all of them met at {address} in 3 s" in done.stderr and "--num_processes=1" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
 
 
 def test_a_cluster_that_fails_is_one_message_with_the_way_out(monkeypatch):

@@ -3,12 +3,15 @@
 Whatever the environment says of them ends in a run, or in one message.
 """
 
+import contextlib
 import glob
 import logging
 import os
 import shutil
+import sys
+import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import jax
 
@@ -16,6 +19,7 @@ from attn_cnn.errors import UserError, first_line
 
 log = logging.getLogger("attn_cnn")
 
+JOIN_SECONDS = 300  # in which all hosts have to be there
 HEARTBEAT_SECONDS = 60  # after which a host that fell silent ends the run on all others
 ALONE = "To run on this machine alone, add --num_processes=1."
 
@@ -50,9 +54,12 @@ def _join(given: tuple[str | None, int | None, int | None]) -> None:
     if not alone and not 0 <= given[2] < given[1]:
         raise UserError(f"--process_id is {given[2]}; of {given[1]} processes it must be from 0 to {given[1] - 1}.")
     try:
-        with warnings.catch_warnings(record=True) as told:
+        with warnings.catch_warnings(record=True) as told, _giving_up_with_a_message(given[0]):
             jax.distributed.initialize(
-                *given, local_device_ids=slurm_devices(os.environ), heartbeat_timeout_seconds=HEARTBEAT_SECONDS
+                *given,
+                local_device_ids=slurm_devices(os.environ),
+                initialization_timeout=JOIN_SECONDS + 60,
+                heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             )
     except Exception as error:  # of JAX, the network, or the cluster's own interface, each with types of its own
         no_cluster = isinstance(error, ValueError) and "coordinator_address should be defined" in str(error)
@@ -60,6 +67,29 @@ def _join(given: tuple[str | None, int | None, int | None]) -> None:
             raise UserError(f"the hosts do not find each other: {first_line(error)}. {ALONE}") from None
     for warning in told:
         log.warning("%s", " ".join(str(warning.message).split()))
+
+
+@contextlib.contextmanager
+def _giving_up_with_a_message(address: str | None) -> Iterator[None]:
+    """Ends the process with a message if the hosts have not met in time, before JAX aborts it with a stack."""
+
+    def give_up():
+        where = f"at {address}" if address else "where the cluster's variables say"
+        print(
+            f"error: the hosts do not find each other: not all of them met {where} in {JOIN_SECONDS} s. Start the same "
+            f"command on every host, and let all of them reach the first. {ALONE}",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)  # the main thread is inside JAX, where no exception reaches it
+
+    timer = threading.Timer(JOIN_SECONDS, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def slurm_devices(environment: Mapping[str, str]) -> list[int] | None:

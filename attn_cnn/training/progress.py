@@ -80,7 +80,7 @@ def log_epoch(experiment: Experiment, step: int, state: TrainState, test: dict[s
         "epoch %d/%d: %s | %s | lr %.3g | %s",
         step // experiment.steps_per_epoch,
         experiment.config.epochs,
-        words("train", state.epoch.means()),
+        words("train", state.epoch.means()) if state.epoch.steps else "trained elsewhere",
         words(experiment.evaluated_on, test),
         float(experiment.schedule(step - 1)),
         clock.remaining(experiment.total_steps - step),
