@@ -1,6 +1,7 @@
 """A run's folder: made whole, held by one process at a time, never another run's."""
 
 import contextlib
+import fcntl
 import json
 
 import jax
@@ -101,3 +102,20 @@ def test_a_workdir_lies_on_a_disk_or_in_a_bucket(tmp_path):
 def test_a_bracket_in_the_path_is_refused_by_name(tmp_path):
     with pytest.raises(UserError, match=r"has a \[ in its path"):
         workdir_lib.open_workdir(tmp_path / "[x]")
+
+
+def test_a_workdir_whose_config_was_replaced_while_it_was_claimed_is_another_processs(
+    experiment, tmp_path, monkeypatch
+):
+    workdir, flock = epath.Path(tmp_path) / "run", fcntl.flock
+    with contextlib.ExitStack() as stack:
+        workdir_lib.claim(workdir, experiment.config, stack)
+
+    def replaced_first(file, how):
+        (workdir / "new").write_text(workdir_lib.as_json(experiment.config))
+        (workdir / "new").replace(workdir / "config.json")
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", replaced_first)
+    with contextlib.ExitStack() as stack, pytest.raises(UserError, match="another process is at work"):
+        workdir_lib.claim(workdir, experiment.config, stack)

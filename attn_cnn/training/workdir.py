@@ -77,14 +77,16 @@ def claim(workdir: epath.Path, config: ml_collections.ConfigDict, stack: context
 
 @contextlib.contextmanager
 def _locked(path: epath.Path) -> Iterator[None]:
+    rival = f"another process is at work in {path.parent}; wait for it, or set another --workdir."
     with open(path, "r+") as file:  # NFS locks no file that is open for reading only
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            message = f"another process is at work in {path.parent}; wait for it, or set another --workdir."
-            raise UserError(message) from None
+            raise UserError(rival) from None
         except OSError as error:
             log.warning("%s cannot be locked (%s): start no second process on it.", path.parent, error)
+        if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):  # replaced (see `update`) since it was opened
+            raise UserError(rival)
         yield
 
 
@@ -128,8 +130,13 @@ def create(
     with Checkpoints(workdir / CHECKPOINTS) as checkpoints:
         checkpoints.save(int(state.step), state, metrics)
     write_spec(workdir, spec)
-    # The config comes last: a run without a checkpoint would start from random weights.
-    write_config(config, workdir / CONFIG)
+    try:
+        # The config comes last: a run without a checkpoint would start from random weights.
+        write_config(config, workdir / CONFIG)
+    except OSError as error:
+        raise UserError(f"the config in {workdir} cannot be written: {first_line(error)}") from None
+    if (workdir / CONFIG).read_text() != as_json(config):
+        raise UserError(f"another process made a run in {workdir} at the same time; set another --workdir.")
 
 
 def write_config(config: ml_collections.ConfigDict, path: epath.Path) -> None:
