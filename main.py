@@ -39,7 +39,7 @@ def main(_):
         files = predict.find_pictures(FLAGS.images)
         print(predict.describe(experiment.load_run(workdir, cli.step()), files))
     else:
-        print(report.describe(FLAGS.config.model))
+        print(report.describe(train.model_as_left(FLAGS.config, workdir)))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ The scores are an encoding's (`encodings.py`); the sums over keys and heads, and
 in `mixing.py`. This file puts them together: parameters, dropout, the form to mix in.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -85,9 +85,11 @@ class SelfAttention(nn.Module):
       heads: number of heads; with none, the layer adds its bias alone.
       max_side: largest side of the grid that the learned tables cover.
       embedding_size: width of the learned tables; 0: what the encoding calls for.
-      start: how the heads' centers start: "random", or "grid", on the window of a convolution. It is config.model.init;
-        a Flax module has an `init` of its own.
-      init_spread: spread of heads that start on a grid; sqrt(2) is ConViT's.
+      start: how the heads' centers start: "random", "grid", on the window of a convolution, or "impulse", each anywhere
+        in it. It is config.model.init; a Flax module has an `init` of its own.
+      init_spread: spread of heads that start in a window; sqrt(2) is ConViT's.
+      content_start: how query and key start where there is content: "random", or "mimetic", with a product near a
+        multiple of the identity. It is config.model.content_init.
       mixing: "factored", "dense", or "auto": factored wherever it is exact, which dropout on the probabilities is not.
         Factors that differ from query to query (learned_query) are multiplied before they mix in any case.
       dropout: rate at which a probability is dropped.
@@ -103,6 +105,7 @@ class SelfAttention(nn.Module):
     embedding_size: int = 0
     start: str = "random"
     init_spread: float = 2**0.5
+    content_start: str = "random"
     mixing: str = "auto"
     dropout: float = 0.0
     dropout_on: str = "probabilities"
@@ -172,13 +175,16 @@ class SelfAttention(nn.Module):
         return (then(y) if then is not None else y).astype(self.dtype)
 
     def _sow(self, encoding: Encoding, x: Array) -> None:
-        """Leaves probabilities and penalties for callers that collect them."""
+        """Leaves penalties, probabilities, and the heads with what they see, for callers that collect them."""
         if encoding.penalty is not None and not self.is_initializing():
             self.sow("losses", "condition_penalty", encoding.penalty())
         if self.is_mutable_collection("intermediates"):
             mapped = x if encoding.needs_x else x[:1]
             maps = jax.lax.map(lambda image: encoding.probabilities(image).whole().values, mapped)
             self.sow("intermediates", "probabilities", maps)
+        if self.is_mutable_collection("heads") and not self.is_initializing():
+            self.sow("heads", "encoding", encoding)
+            self.sow("heads", "x", x)
 
 
 def _more(batch: Any, pixels: int, rows: int) -> bool:
@@ -207,3 +213,30 @@ def attention_maps(
         raise UserError(f"{type(module).__name__} has no attention layers to map.")
     in_order = sorted(layers, key=lambda name: int(name.removeprefix("layer_")))
     return [layers[name]["attention"]["probabilities"][0] for name in in_order]
+
+
+class LayerHeads(NamedTuple):
+    """The heads of one layer, and the grids that they see.
+
+    Attributes:
+      encoding: the heads' scores.
+      x: the layer's input, (batch, H, W, features).
+    """
+
+    encoding: Encoding
+    x: Array
+
+
+def heads_of_layers(
+    module: nn.Module, params: dict, images: Float[Array, "batch height width channels"]
+) -> dict[int, LayerHeads]:
+    """Returns the heads of every attention layer that has some, by the layer's number.
+
+    Args:
+      module: an attention model of `create_model`.
+      params: its parameters.
+      images: normalised images, NHWC.
+    """
+    _, collected = module.apply({"params": params}, images, train=False, mutable=["heads"])
+    layers = {int(name.removeprefix("layer_")): sown["attention"] for name, sown in collected.get("heads", {}).items()}
+    return {number: LayerHeads(sown["encoding"][0], sown["x"][0]) for number, sown in sorted(layers.items())}

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int, Key, Shaped
 
 from attn_cnn import schema
 from attn_cnn.errors import UserError
@@ -35,8 +35,9 @@ ENCODINGS: dict[str, type["Encoding"]] = {}
 FIELDS = {
     "embedding_size": schema.integer(0, 65_536, default=0),
     "share_tables": schema.boolean(default=False),
-    "init": schema.choice("random", "grid", default="random"),
+    "init": schema.choice("random", "grid", "impulse", default="random"),
     "init_spread": schema.number(0, 1e6, default=2**0.5),
+    "content_init": schema.choice("random", "mimetic", default="random"),
 }
 
 
@@ -53,10 +54,10 @@ def window(side: int) -> Int[np.ndarray, "{side}*{side} 2"]:
 
 
 class Gaussians(NamedTuple):
-    """Heads as Gaussians over the shift, for figures: `centers` in pixels, `precisions` the inverse covariances."""
+    """Heads as Gaussians over the shift: `centers` in pixels, `precisions` the inverse covariances."""
 
-    centers: Float[np.ndarray, "heads 2"]
-    precisions: Float[np.ndarray, "heads 2 2"]
+    centers: Float[Array, "heads 2"]
+    precisions: Float[Array, "heads 2 2"]
 
 
 class Encoding(struct.PyTreeNode):
@@ -68,6 +69,7 @@ class Encoding(struct.PyTreeNode):
       needs_x: whether the score depends on the pixels' features, and so on the image.
       reads: the fields of `FIELDS` that mean something to it.
       undecayed: names of its parameters that weight decay spares.
+      positions: names of its parameters, and of modules of such, that say where heads look whatever the pixels hold.
       torch_names: its parameters' paths in the layer, and their names in the paper's PyTorch layer.
       penalty: a method that returns (condition number - 1)^2 of each head, where there is one to penalise.
     """
@@ -77,6 +79,7 @@ class Encoding(struct.PyTreeNode):
     needs_x: ClassVar[bool] = False
     reads: ClassVar[tuple[str, ...]] = ()
     undecayed: ClassVar[tuple[str, ...]] = ()
+    positions: ClassVar[tuple[str, ...]] = ()
     torch_names: ClassVar[dict[str, str]] = {}
     penalty: ClassVar[Any] = None
 
@@ -149,6 +152,10 @@ class Encoding(struct.PyTreeNode):
         """Returns centers and precisions of the heads, or None where the scores are no Gaussian's."""
         return None
 
+    def numbers(self) -> dict[str, Float[Array, "heads"]]:
+        """Returns, by name, numbers of each head that only this encoding has."""
+        return {}
+
 
 def along_heads(values: Float[Array, "heads"], shifts: Shaped[Array, "*shape"]) -> Float[Array, "heads *ones"]:
     """Returns one value a head in a shape that broadcasts against `shifts` with the heads in front."""
@@ -170,14 +177,21 @@ def encoding_class(name: str) -> type[Encoding]:
 
 
 def centers_init(module: nn.Module) -> nn.initializers.Initializer:
-    """Returns N(0, 2^2), or for `start` "grid" the shifts of a convolution's window, one for each head."""
+    """Returns N(0, 2^2), or for `start` "grid" the shifts of a convolution's window, one for each head.
+
+    For "impulse" each head draws one of the shifts of the smallest window that has as many as there are heads, as each
+    filter does in impulse initialisation (Zheng et al. 2024).
+    """
     if module.start == "random":
         return nn.initializers.normal(CENTER_STD)
-    return lambda key, shape, dtype=jnp.float32: jnp.asarray(window(math.isqrt(shape[0])), dtype)
+    shifts = window(math.isqrt(module.heads - 1) + 1)
+    if module.start == "grid":
+        return lambda key, shape, dtype=jnp.float32: jnp.asarray(shifts, dtype)
+    return lambda key, shape, dtype=jnp.float32: jax.random.choice(key, jnp.asarray(shifts, dtype), shape[:1])
 
 
 def spreads_init(module: nn.Module, unit: Float[Array, "*matrix"]) -> nn.initializers.Initializer:
-    """Returns `unit` + N(0, 0.01^2), or for `start` "grid" exactly `init_spread` times `unit`."""
+    """Returns `unit` + N(0, 0.01^2), or for `start` "grid" and "impulse" exactly `init_spread` times `unit`."""
 
     def init(key, shape, dtype=jnp.float32):
         if module.start == "random":
@@ -192,17 +206,18 @@ class CenteredEncoding(Encoding):
 
     reads = ("init", "init_spread")
     undecayed = ("centers", "spreads")
+    positions = ("centers", "spreads")
 
     @classmethod
     def check(cls, model: ml_collections.ConfigDict) -> None:
         """Raises UserError if the heads cannot start on a square window, or a field is ignored."""
         super().check(model)
-        if model.init == "random":
-            if model.init_spread != FIELDS["init_spread"].default:
-                raise UserError(
-                    f"config.model.init_spread is {model.init_spread}, which a random start ignores; "
-                    "set config.model.init to grid."
-                )
+        if model.init == "random" and model.init_spread != FIELDS["init_spread"].default:
+            raise UserError(
+                f"config.model.init_spread is {model.init_spread}, which a random start ignores; "
+                "set config.model.init to grid or impulse."
+            )
+        if model.init != "grid":
             return
         for heads in schema.for_each_layer(model.heads, model.layers):
             side = math.isqrt(heads)
@@ -248,8 +263,7 @@ class Quadratic(CenteredEncoding, name="quadratic"):
 
     def gaussians(self) -> Gaussians:
         """Returns the centers, and s_h^2 times the identity."""
-        squares = np.asarray(self.spreads) ** 2
-        return Gaussians(np.asarray(self.centers), squares[:, None, None] * np.eye(2, dtype=squares.dtype))
+        return Gaussians(self.centers, self.spreads[:, None, None] ** 2 * jnp.eye(2))
 
 
 class QuadraticGeneralized(CenteredEncoding, name="quadratic_generalized"):
@@ -294,7 +308,9 @@ class QuadraticGeneralized(CenteredEncoding, name="quadratic_generalized"):
     def degenerate(self) -> dict[int, str]:
         """Returns the heads whose attention is a line, or else uniform."""
         reasons = {}
-        for head, (smallest, largest) in enumerate(np.linalg.eigvalsh(self.gaussians().precisions.astype(np.float64))):
+        for head, (smallest, largest) in enumerate(
+            np.linalg.eigvalsh(np.asarray(self.gaussians().precisions, np.float64))
+        ):
             condition = largest / smallest if smallest > 0 else np.inf
             if condition > LARGEST_CONDITION:
                 reasons[head] = f"attention is a line: condition number is {condition:.3g}, above {LARGEST_CONDITION:g}"
@@ -306,8 +322,7 @@ class QuadraticGeneralized(CenteredEncoding, name="quadratic_generalized"):
 
     def gaussians(self) -> Gaussians:
         """Returns the centers, and S_h S_h^T."""
-        spreads = np.asarray(self.spreads)
-        return Gaussians(np.asarray(self.centers), spreads @ spreads.swapaxes(-1, -2))
+        return Gaussians(self.centers, jnp.einsum("hxc,hyc->hxy", self.spreads, self.spreads, precision="highest"))
 
 
 # Learned encodings
@@ -344,6 +359,7 @@ class LearnedEncoding(Encoding):
     """What the learned encodings share: two tables of embeddings, N(0, 1), of their own or of the whole model."""
 
     reads = ("embedding_size", "share_tables")
+    positions = ("row_embeddings", "column_embeddings", "row_head_keys", "column_head_keys")
 
     @classmethod
     def width(cls, features: int) -> int:
@@ -442,15 +458,21 @@ class QueryEncoding(LearnedEncoding):
             )
 
 
-def declare_per_head(module: nn.Module, features: int, name: str) -> LinearMap:
-    """Declares the map from a pixel to one vector of `features` for each head: kernel (features, heads, features)."""
+def declare_per_head(
+    module: nn.Module, features: int, name: str, mimetic: nn.initializers.Initializer | None = None
+) -> LinearMap:
+    """Declares the map from a pixel to one vector of `features` for each head: kernel (features, heads, features).
+
+    Where the layer's `content_start` is "mimetic", the kernel starts as `mimetic` says.
+    """
     shape = (features, module.heads, features)
-    return Linear(shape, shape[1:], features, name=name)()
+    init = mimetic if module.content_start == "mimetic" else None
+    return Linear(shape, shape[1:], features, init, name=name)()
 
 
 def declare_query(module: nn.Module, features: int) -> LinearMap:
     """Declares the query's map and divides it by sqrt(features)."""
-    kernel, bias = declare_per_head(module, features, "query")
+    kernel, bias = declare_per_head(module, features, "query", orthogonal)
     scale = features**-0.5
     return LinearMap(scale * kernel, scale * bias)
 
@@ -506,6 +528,31 @@ class LearnedQuery(QueryEncoding, name="learned_query"):
 
 # Content
 
+MIMETIC_NOISE, MIMETIC_IDENTITY = 0.7, 0.7  # alpha and beta of Trockman and Kolter
+
+
+def orthogonal(key: Key[Array, ""], shape: tuple[int, int, int], dtype: Any = jnp.float32) -> Array:
+    """Draws an orthogonal matrix for each head: (features, heads, features)."""
+    features, heads, _ = shape
+    draw = jax.vmap(lambda key: nn.initializers.orthogonal()(key, (features, features), dtype), out_axes=1)
+    return draw(jax.random.split(key, heads))
+
+
+def mimetic_key(query: Float[Array, "features heads features"]) -> nn.initializers.Initializer:
+    """Returns the initializer of a key K whose product with the orthogonal `query` Q is Q K^T = alpha Z + beta I.
+
+    Z has entries N(0, 1/features) (Trockman and Kolter 2023, whose factors Q and K are those of a singular value
+    decomposition).
+    """
+
+    def init(key, shape, dtype=jnp.float32):
+        features, heads, _ = shape
+        Z = jax.random.normal(key, (heads, features, features), dtype) * features**-0.5
+        product = MIMETIC_NOISE * Z + MIMETIC_IDENTITY * jnp.eye(features, dtype=dtype)
+        return jnp.einsum("hde,dhf->ehf", product, query, precision="highest")
+
+    return init
+
 
 class Content(struct.PyTreeNode):
     """Scores q_h[i, j] . k_h[k, l] / sqrt(D) (Vaswani et al. 2017), which other encodings add to theirs.
@@ -520,7 +567,7 @@ class Content(struct.PyTreeNode):
     @classmethod
     def declare(cls, module: nn.Module, features: int, query: LinearMap) -> "Content":
         """Declares the key's map and composes it with the query's, which is scaled already."""
-        key, _ = declare_per_head(module, features, "key")
+        key, _ = declare_per_head(module, features, "key", mimetic_key(query.kernel * features**0.5))
         return cls(jnp.einsum("dhf,ehf->hde", query.kernel, key), jnp.einsum("hf,ehf->he", query.bias, key))
 
     def scores(self, x: Float[Array, "H W features"]) -> Float[Array, "heads H W H W"]:
@@ -548,6 +595,7 @@ class LearnedContent(PositionAndContent, QueryEncoding, name="learned_content"):
     position: LearnedQuery
     content: Content
 
+    reads = (*QueryEncoding.reads, "content_init")
     torch_names: ClassVar = _TABLE_NAMES | _QUERY_NAMES | _KEY_NAMES
 
     @classmethod
@@ -563,6 +611,7 @@ class LearnedContentPosition(PositionAndContent, LearnedEncoding, name="learned_
     position: Learned
     content: Content
 
+    reads = (*LearnedEncoding.reads, "content_init")
     torch_names: ClassVar = _POSITION_ONLY_NAMES | _QUERY_NAMES | _KEY_NAMES
 
     @classmethod
@@ -585,6 +634,7 @@ class Gated(CenteredEncoding, name="gated"):
     gates: Array  # heads: lambda
 
     needs_x = True
+    reads = (*CenteredEncoding.reads, "content_init")
     undecayed = (*CenteredEncoding.undecayed, "gates")
 
     @classmethod
@@ -611,3 +661,7 @@ class Gated(CenteredEncoding, name="gated"):
     def gaussians(self) -> Gaussians:
         """Returns centers and precisions of the positional part."""
         return self.position.gaussians()
+
+    def numbers(self) -> dict[str, Float[Array, "heads"]]:
+        """Returns the gates g_h."""
+        return {"gate": jax.nn.sigmoid(self.gates)}

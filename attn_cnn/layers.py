@@ -49,17 +49,20 @@ class Linear(nn.Module):
       kernel: shape of the kernel.
       bias: shape of the bias.
       fan_in: number of values that each output sums over.
+      kernel_init: how the kernel starts; None: as PyTorch's does.
     """
 
     kernel: tuple[int, ...]
     bias: tuple[int, ...]
     fan_in: int
+    kernel_init: nn.initializers.Initializer | None = None
 
     @nn.compact
     def __call__(self) -> LinearMap:
         """Returns the map that the parameters make."""
         init = fan_in_uniform(self.fan_in)
-        return LinearMap(self.param("kernel", init, self.kernel), self.param("bias", init, self.bias))
+        kernel = self.param("kernel", self.kernel_init or init, self.kernel)
+        return LinearMap(kernel, self.param("bias", init, self.bias))
 
 
 class Bias(nn.Module):

@@ -180,6 +180,7 @@ def mixers(model: ml_collections.ConfigDict, dtype: Any, device: Device | None) 
         embedding_size=model.embedding_size,
         start=model.init,
         init_spread=model.init_spread,
+        content_start=model.content_init,
         mixing=model.mixing,
         dropout=model.attention_dropout,
         dropout_on=model.attention_dropout_on,
@@ -210,13 +211,14 @@ def undecayed(model: ml_collections.ConfigDict) -> tuple[str, ...]:
     return encoding_class(model.encoding).undecayed if model.name == "attention" else ()
 
 
+def has_heads(model: ml_collections.ConfigDict) -> bool:
+    """Returns whether the model has attention layers with heads."""
+    return model.name == "attention" and any(kind == "attention" and heads for kind, heads in kinds_and_heads(model))
+
+
 def has_penalty(model: ml_collections.ConfigDict) -> bool:
     """Returns whether the model has heads whose condition number can be penalised."""
-    return (
-        model.name == "attention"
-        and encoding_class(model.encoding).penalty is not None
-        and any(kind == "attention" and heads for kind, heads in kinds_and_heads(model))
-    )
+    return has_heads(model) and encoding_class(model.encoding).penalty is not None
 
 
 def checked_model(model: ml_collections.ConfigDict) -> ml_collections.ConfigDict:

@@ -11,6 +11,8 @@ import ml_collections
 from etils import epath
 
 from attn_cnn.errors import Stopped, UserError
+from attn_cnn.heads.history import History
+from attn_cnn.heads.surgery import operated
 from attn_cnn.training import checkpoint, cluster, data, devices
 from attn_cnn.training import workdir as workdir_lib
 from attn_cnn.training.checkpoint import Checkpoints
@@ -35,6 +37,8 @@ from attn_cnn.training.tracing import Profile
 
 log = logging.getLogger("attn_cnn")
 
+DONE = {"prune": "Pruned", "reset": "Reset"}
+
 
 def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, profile: bool = False) -> TrainState:
     """Trains to the end, from the newest checkpoint in `workdir` if there is one, and returns the last state.
@@ -56,9 +60,10 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, profile: b
         check_start(experiment, workdir)
         devices.on_every_host(lambda: claim(workdir, experiment, stack) if jax.process_index() == 0 else None)
         check_same_workdir(workdir)
-        keep = experiment.config.checkpoint.keep
-        checkpoints = stack.enter_context(Checkpoints(workdir / workdir_lib.CHECKPOINTS, keep))
-        step, state = checkpoints.restore(abstract_state(experiment)) or start(experiment, checkpoints)
+        checkpoints = stack.enter_context(open_checkpoints(experiment, workdir))
+        experiment = as_left(experiment, workdir)
+        restored = checkpoints.restore(abstract_state(experiment))
+        experiment, (step, state) = (experiment, restored) if restored else start(experiment, workdir, checkpoints)
         # A checkpoint without metrics was written on the way: at the end of an epoch, before its evaluation.
         evaluated = step == 0 or checkpoints.metrics(step) is not None
         if step == experiment.total_steps and evaluated:
@@ -69,9 +74,10 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, profile: b
             begin = f"Resuming {workdir} at step {step} of" if step else f"Starting {workdir}:"
             log.info("%s %d steps.", begin, experiment.total_steps)
             writer = stack.enter_context(Writer(workdir / "metrics", step, evaluated))
+            heads = devices.on_every_host(lambda: History(workdir, step, evaluated))
             profiler = stack.enter_context(Profile(workdir / "profile" if profile else None))
             bar = stack.enter_context(progress_line(step, experiment.total_steps))
-            loop = Loop(experiment, state, dataset, checkpoints, writer, interrupt, profiler, bar)
+            loop = Loop(experiment, state, dataset, checkpoints, writer, heads, interrupt, profiler, bar)
             loop.run(what_happens(experiment, step, evaluated))
             state, accuracy = loop.state, loop.test["accuracy"]
     steps, split = experiment.total_steps, experiment.evaluated_on
@@ -86,12 +92,53 @@ def check_start(experiment: Experiment, workdir: epath.Path) -> None:
         first_state(experiment)
 
 
-def start(experiment: Experiment, checkpoints: Checkpoints) -> tuple[int, TrainState]:
-    """Returns step 0 and its state; one from another run is saved, since that run may be gone at the next start."""
-    state = first_state(experiment)
+def open_checkpoints(experiment: Experiment, workdir: epath.Path) -> Checkpoints:
+    """Returns the checkpoints of a run, which keep as many as its config says."""
+    config = experiment.config.checkpoint
+    history_steps = config.history_epochs * experiment.steps_per_epoch
+    return Checkpoints(workdir / workdir_lib.CHECKPOINTS, config.keep, history_steps=history_steps)
+
+
+def as_left(experiment: Experiment, workdir: epath.Path) -> Experiment:
+    """Returns the experiment with the heads that the run in `workdir` has left."""
+    surgery = devices.on_every_host(lambda: workdir_lib.read_surgery(workdir))
+    return create_experiment(experiment.config, experiment.spec, surgery) if surgery else experiment
+
+
+def model_as_left(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> ml_collections.ConfigDict:
+    """Returns the config's model with the heads that the run in `workdir` has left, where it is a run of that model."""
+    workdir = workdir_lib.open_workdir(workdir)
+    surgery = workdir_lib.read_surgery(workdir)
+    model = checked(config).model
+    same = surgery and not workdir_lib.differences(config, load_config(workdir), only=("model.",))
+    return operated(model, surgery) if same else model
+
+
+def start(
+    experiment: Experiment, workdir: epath.Path, checkpoints: Checkpoints
+) -> tuple[Experiment, tuple[int, TrainState]]:
+    """Returns the run with the heads that remain, and step 0 with its state.
+
+    One from another run is saved, since that run may be gone at the next start.
+    """
+    started = first_state(experiment)
     if experiment.config.init_from:
-        checkpoints.save(0, state)
-    return 0, state
+        log_degenerate(experiment, started.degenerate)
+        # The heads come first: the checkpoint is read in their shapes.
+        write = functools.partial(workdir_lib.write_surgery, started.surgery, workdir)
+        devices.on_every_host(lambda: write() if jax.process_index() == 0 else None)
+        checkpoints.save(0, started.state)
+    return started.experiment, (0, started.state)
+
+
+def log_degenerate(experiment: Experiment, degenerate: dict[int, dict[int, str]]) -> None:
+    """Logs what became of the degenerate heads of the run that this one starts from."""
+    treatment = experiment.config.degenerate_heads
+    for layer, heads in degenerate.items():
+        for head, reason in heads.items():
+            log.info("%s layer %d, head %d: %s.", DONE[treatment], layer, head, reason)
+    if treatment != "keep" and not any(degenerate.values()):
+        log.info("No head of %s is degenerate: all remain.", experiment.config.init_from)
 
 
 def load_data(config: ml_collections.ConfigDict) -> Dataset:
@@ -158,7 +205,7 @@ def evaluate(
     config.data.validation_fraction = 0.0
     dataset = load_data(config)
     workdir_lib.check_data(workdir, dataset.spec, only=("image_shape", "mean", "std", "names"))
-    experiment = create_experiment(config, dataset.spec)
+    experiment = as_left(create_experiment(config, dataset.spec), workdir)
     step, state = restore(experiment, workdir, step)
     test_set = devices.replicate((dataset.test_images, dataset.test_labels))
     with Interrupt() as interrupt, jax.default_matmul_precision(experiment.config.matmul_precision):

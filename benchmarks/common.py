@@ -22,6 +22,7 @@ import tabulate
 from etils import epath
 from jaxtyping import Int, UInt8
 
+from attn_cnn.heads.history import History
 from attn_cnn.mixing import UNBOUNDED
 from attn_cnn.model import create_model
 from attn_cnn.train import load_data
@@ -143,7 +144,8 @@ def real_loop(config: ml_collections.ConfigDict) -> Iterator[Loop]:
         progress_line(0, experiment.total_steps) as bar,
     ):
         state, dataset = random_state(experiment), load_data(experiment.config)
-        yield Loop(experiment, state, dataset, checkpoints, writer, Interrupt(), Profile(None), bar)
+        heads = History(epath.Path(folder), 0, True)
+        yield Loop(experiment, state, dataset, checkpoints, writer, heads, Interrupt(), Profile(None), bar)
 
 
 def stretches(experiment: Experiment, steps: int) -> Iterator[Iterator[tuple[Next, int]]]:

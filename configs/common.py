@@ -55,8 +55,9 @@ def attention(scale: str, encoding: str) -> ml_collections.ConfigDict:
             "kernel_size": 3,  # of layers that are convolutions
             "encoding": encoding,
             "heads": one_or_each(9),
-            "init": "random",  # or grid: quadratic heads start as a convolution's window
-            "init_spread": 2**0.5,  # of heads that start on a grid
+            "init": "random",  # or grid: quadratic heads start as a convolution's window; or impulse: anywhere in it
+            "init_spread": 2**0.5,  # of heads that start in a window
+            "content_init": "random",  # or mimetic: products of query and key near a multiple of the identity
             "max_side": 16,  # of the grid that learned tables cover
             "embedding_size": 0,  # of learned tables; 0: what the encoding calls for
             "share_tables": False,  # between layers
@@ -86,6 +87,8 @@ def run() -> ml_collections.ConfigDict:
             "condition_penalty": 0.0,  # on (condition number - 1)^2 of the heads of quadratic_generalized
             "init_from": "",  # the workdir of a run to start from
             "init_except": (),  # its parameters that start afresh, as in ("classifier",)
+            "degenerate_heads": "keep",  # of that run; or prune, or reset: drawn anew
+            "freeze": "none",  # or positions, values, both: of heads that run has trained; without one, of all heads
             "data": {
                 "name": "cifar10",  # or another of TensorFlow Datasets, digits, folder:PATH, npz:PATH
                 "dir": "",  # TFDS_DATA_DIR, or tfds's default
@@ -106,7 +109,7 @@ def run() -> ml_collections.ConfigDict:
                 "warmup": 0.05,  # of all steps
                 "decay_epochs": (),
             },
-            "checkpoint": {"every_epochs": 1, "keep": 3},
+            "checkpoint": {"every_epochs": 1, "keep": 3, "history_epochs": 0},  # a checkpoint of so many epochs stays
         }
     )
 

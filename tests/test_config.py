@@ -18,7 +18,7 @@ from configs import common, quadratic, resnet18
 
 EXPERIMENTS = (
     "quadratic", "quadratic_generalized", "many_heads", "learned", "learned_query", "learned_content",
-    "learned_content_position", "gated", "resnet18",
+    "learned_content_position", "gated", "quadratic_pruned", "resnet18",
 )  # fmt: skip
 
 
@@ -68,7 +68,15 @@ def test_every_field_stands_in_every_experiment(experiment, scale):
             "config.model.share_tables is True, which the quadratic encoding ignores; set it to False.",
         ),
         ("model.embedding_size", 8, "embedding_size is 8, which the quadratic encoding ignores; set it to 0."),
-        ("model.init_spread", 3.0, "init_spread is 3.0, which a random start ignores; set config.model.init to grid."),
+        ("model.init_spread", 3.0, "init_spread is 3.0, which a random start ignores; set config.model.init to grid"),
+        (
+            "degenerate_heads",
+            "prune",
+            "degenerate_heads is prune, but the run starts from no other; set config.init_from",
+        ),
+        ("freeze", "positons", "freeze is 'positons'; it must be one of none, positions, values, both"),
+        ("checkpoint.history_epochs", -1, "history_epochs is -1"),
+        ("model.content_init", "mimetic", "content_init is mimetic, which the quadratic encoding ignores; set it to"),
         ("model.heads", (9, 4), r"heads is \(9, 4\), but config.model.layers is 6"),
         ("model.layer", ("attention",) * 7, "but config.model.layers is 6; give one for each layer, or one for all"),
         ("model.layer", "recurrence", "it must be one of attention, convolution"),
@@ -102,7 +110,7 @@ def test_heads_that_start_on_a_grid_fill_a_square():
 def test_only_heads_with_a_condition_number_are_penalised(experiment):
     config = get_config(experiment)
     config.condition_penalty = 0.1
-    if experiment == "quadratic_generalized":
+    if experiment in ("quadratic_generalized", "quadratic_pruned"):
         assert checked(config).condition_penalty == 0.1
     else:
         with pytest.raises(UserError, match="config.condition_penalty is 0.1.*; set it to 0"):
@@ -116,6 +124,38 @@ def test_parameters_that_start_afresh_need_a_run_to_start_from():
         checked(config)
     config.init_from = "runs/other"
     assert checked(config).init_except == ("classifier",)
+
+
+@pytest.mark.parametrize(
+    "experiment, changes, message",
+    [
+        ("learned", {"degenerate_heads": "prune", "init_from": "runs/a"}, "no head of this model can be degenerate"),
+        ("resnet18", {"degenerate_heads": "reset", "init_from": "runs/a"}, "no head of this model can be degenerate"),
+        ("resnet18", {"freeze": "values"}, "config.freeze is values, but this model has no heads; set it to none"),
+        ("quadratic", {"freeze": "both", "model.heads": 0}, "config.freeze is both, but this model has no heads"),
+        (
+            "quadratic_generalized",
+            {"freeze": "positions", "condition_penalty": 0.5},
+            "condition_penalty is 0.5, but config.freeze is positions, which leaves no position to penalise",
+        ),
+        (
+            "quadratic",
+            {"checkpoint.history_epochs": 15, "checkpoint.every_epochs": 10},
+            "history_epochs is 15, but only every 10 epochs there is a checkpoint",
+        ),
+    ],
+)
+def test_what_a_config_asks_of_heads_must_fit_its_model_and_its_start(experiment, changes, message):
+    config = get_config(experiment)
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(UserError, match=message):
+        checked(config)
+
+
+def test_heads_that_are_reset_may_be_penalised_while_the_others_are_frozen():
+    config = get_config("quadratic_pruned")
+    config.degenerate_heads, config.freeze, config.condition_penalty = "reset", "both", 0.5
+    assert checked(config).freeze == "both"
 
 
 def test_a_field_too_many_or_too_few_is_named():

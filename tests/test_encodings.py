@@ -18,6 +18,7 @@ from attn_cnn.model import create_model
 
 SEPARABLE = [name for name, encoding in ENCODINGS.items() if encoding.separable]
 CENTERED = ["quadratic", "quadratic_generalized", "gated"]
+WITH_CONTENT = ["learned_content", "learned_content_position", "gated"]
 
 HEADS, HEIGHT, WIDTH, FEATURES = 3, 4, 5, 6
 X = jax.random.normal(jax.random.key(0), (HEIGHT, WIDTH, FEATURES))
@@ -203,6 +204,44 @@ def test_heads_on_a_grid_start_on_the_window_of_a_convolution_with_one_spread(na
     np.testing.assert_array_equal(params["spreads"], np.broadcast_to(np.float32(0.7) * unit, (9, *unit.shape)))
 
 
+@pytest.mark.parametrize("heads, side", [(9, 3), (7, 3), (16, 4), (1, 1)])
+@pytest.mark.parametrize("name", CENTERED)
+def test_impulses_start_anywhere_in_the_smallest_window_that_has_as_many_shifts_as_heads(name, heads, side):
+    layer = SelfAttention(name, heads=heads, start="impulse", init_spread=0.7)
+    first, second = (jax.jit(layer.init)(jax.random.key(seed), X[None])["params"] for seed in (0, 1))
+    window = set(map(tuple, encodings.window(side).tolist()))
+    assert set(map(tuple, first["centers"].tolist())) <= window
+    assert heads == 1 or np.any(first["centers"] != second["centers"])
+    unit = np.eye(2) if name == "quadratic_generalized" else np.ones(())
+    np.testing.assert_array_equal(first["spreads"], np.broadcast_to(np.float32(0.7) * unit, (heads, *unit.shape)))
+
+
+@pytest.mark.parametrize("name", ["quadratic", "quadratic_generalized"])
+def test_a_grid_with_a_large_spread_is_a_convolution_away_from_the_border(name):
+    """Theorem 1: head h attends to the query plus shift h alone, and its value map is the kernel's slice there."""
+    layer = SelfAttention(name, heads=9, start="grid", init_spread=30.0)
+    grids = jax.random.normal(jax.random.key(0), (2, 6, 7, 4))
+    params = layer.init(jax.random.key(1), grids)["params"]
+    kernel, bias = params["value"]["kernel"].reshape(3, 3, 4, 4), params["value"]["bias"]
+    dimensions, highest = ("NHWC", "HWIO", "NHWC"), jax.lax.Precision.HIGHEST
+    convolved = jax.lax.conv_general_dilated(
+        grids, kernel, (1, 1), "VALID", dimension_numbers=dimensions, precision=highest
+    )
+    assert_close(layer.apply({"params": params}, grids)[:, 1:-1, 1:-1], convolved + bias)
+
+
+@pytest.mark.parametrize("name", WITH_CONTENT)
+def test_a_mimetic_start_has_products_of_query_and_key_near_a_multiple_of_the_identity(name):
+    layer, grids = SelfAttention(name, heads=3, content_start="mimetic"), jnp.ones((1, 2, 2, 64))
+    params = jax.jit(layer.init)(jax.random.key(0), grids)["params"]
+    query, key = (np.moveaxis(np.asarray(params[n]["kernel"], np.float64), 1, 0) for n in ("query", "key"))
+    off = query @ key.swapaxes(1, 2) - 0.7 * np.eye(64)
+    assert np.std(off, axis=(1, 2)) == pytest.approx(0.7 / 8, rel=0.05)
+    assert np.abs(off.mean((1, 2))).max() < 0.01
+    assert_close(query @ query.swapaxes(1, 2), np.stack([np.eye(64)] * 3))
+    assert np.abs(off[0] - off[1]).max() > 0.1  # each head has noise of its own
+
+
 @pytest.mark.parametrize("name", CENTERED)
 @pytest.mark.parametrize("heads, named, nearest", [(8, 8, "4 and 9"), ((9, 5), 5, "4 and 9"), (12, 12, "9 and 16")])
 def test_heads_that_make_no_square_window_are_told_the_nearest_that_do(name, heads, named, nearest):
@@ -213,8 +252,9 @@ def test_heads_that_make_no_square_window_are_told_the_nearest_that_do(name, hea
 
 @pytest.mark.parametrize("name", ENCODINGS)
 def test_a_field_that_an_encoding_ignores_is_refused(name):
-    changed = {"init": "grid", "init_spread": 0.5, "share_tables": True, "embedding_size": 20}
-    ignored = {"embedding_size", "share_tables"} if name in CENTERED else {"init", "init_spread"}
+    tables, starts = {"share_tables": True, "embedding_size": 20}, {"init": "grid", "init_spread": 0.5}
+    changed = {**tables, **starts, "content_init": "mimetic"}
+    ignored = set(tables if name in CENTERED else starts) | (set() if name in WITH_CONTENT else {"content_init"})
     assert set(encodings.FIELDS) == set(changed) and set(encodings.FIELDS) - ignored == set(ENCODINGS[name].reads)
     for field in ignored:
         with pytest.raises(UserError, match=rf"model\.{field} is {changed[field]}, which the {name} encoding ignores"):

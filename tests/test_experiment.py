@@ -188,7 +188,8 @@ def other(tmp_path_factory):
 
 
 def start_from(other, **changes):
-    return experiment.first_state(create_experiment(program.tiny_config(init_from=str(other), seed=5, **changes)))
+    config = program.tiny_config(init_from=str(other), seed=5, **changes)
+    return experiment.first_state(create_experiment(config)).state
 
 
 def test_it_starts_with_the_other_runs_parameters_and_all_else_fresh(other):
@@ -203,7 +204,7 @@ def test_a_resnet_starts_with_the_other_runs_statistics_too(tmp_path):
     workdir = shutil.copytree(WORKDIRS / "before_11_resnet18", tmp_path / "run")
     config, run = load_config(epath.Path(workdir)), load_run(workdir)
     config.init_from, config.seed = str(workdir), 5
-    state = experiment.first_state(create_experiment(config))
+    state = experiment.first_state(create_experiment(config)).state
     assert int(state.step) == 0
     assert_same_bits((state.params, state.batch_stats), (run.params, run.batch_stats))
 

@@ -19,6 +19,7 @@ from etils import epath
 
 from attn_cnn import train
 from attn_cnn.errors import UserError
+from attn_cnn.heads import history
 from attn_cnn.training import experiment as experiment_lib
 from attn_cnn.training.checkpoint import Checkpoints
 from configs import quadratic
@@ -68,6 +69,14 @@ def test_killed_at_a_random_step_it_ends_with_the_same_bits(uninterrupted, tmp_p
     assert_same_bits(final_state(uninterrupted.config, workdir), uninterrupted.state)
     for tag in ("train/loss", "train/accuracy", "test/loss", "test/accuracy", "lr"):
         assert program.scalars(workdir, tag) == program.scalars(uninterrupted.workdir, tag)
+    tag = "heads/nonlocality/layer_0_head_8"
+    assert (
+        program.scalars(workdir, tag) == program.scalars(uninterrupted.workdir, tag)
+        and len(program.scalars(workdir, tag)) == 12
+    )
+    numbers, expected = history.read(workdir), history.read(uninterrupted.workdir)
+    assert numbers["step"].tolist() == [14 * epoch for epoch in range(1, 13)]
+    assert_same_bits(numbers, expected)
 
 
 @pytest.mark.slow
@@ -96,13 +105,13 @@ def test_fields_that_cannot_change_the_results_may_differ_and_the_config_on_disk
     assert "is finished" in done.stderr
     config = json.loads((workdir / "config.json").read_text())
     assert (config["checkpoint"]["keep"], config["eval_batch_size"], config["micro_batch_size"]) == (2, 7, 50)
-    assert sorted(path.name for path in workdir.iterdir()) == ["checkpoints", "config.json", "metrics"]
+    assert sorted(path.name for path in workdir.iterdir()) == ["checkpoints", "config.json", "heads.npz", "metrics"]
 
 
 @pytest.mark.slow
 def test_the_workdir_holds_what_it_should_and_the_log_reads(uninterrupted):
     workdir = uninterrupted.workdir
-    assert sorted(path.name for path in workdir.iterdir()) == ["checkpoints", "config.json", "metrics"]
+    assert sorted(path.name for path in workdir.iterdir()) == ["checkpoints", "config.json", "heads.npz", "metrics"]
     assert json.loads((workdir / "config.json").read_text())["epochs"] == 12
     steps = [step for step, _ in program.scalars(workdir, "test/accuracy")]
     assert steps == [14 * epoch for epoch in range(1, 13)]

@@ -30,26 +30,30 @@ log = logging.getLogger("attn_cnn")
 FIELDS = {
     "every_epochs": schema.integer(1, 100_000),
     "keep": schema.integer(1, 1000),
+    "history_epochs": schema.integer(0, 100_000, default=0),
 }
 
 
 class Checkpoints:
     """The checkpoints of one workdir, named by step: the newest `keep`, and the best by what was evaluated.
 
+    With `history_steps` those whose step is a multiple of it stay, too.
+
     It is a context manager, and leaving it waits for the last write. With `read_only` nothing on disk changes.
     """
 
-    def __init__(self, directory: epath.Path, keep: int = 1, read_only: bool = False):
+    def __init__(self, directory: epath.Path, keep: int = 1, read_only: bool = False, history_steps: int = 0):
         self.directory = directory = directory.resolve()  # orbax takes absolute paths only
         newest = preservation_policy.LatestN(keep)
         best = preservation_policy.BestN(get_metric_fn=accuracy, n=1, keep_checkpoints_without_metrics=False)
+        history = [preservation_policy.EveryNSteps(history_steps)] if history_steps else []
         if read_only:
             # Without the metrics, of which orbax would not open a damaged one.
             options = ocp.CheckpointManagerOptions(read_only=True, lightweight_initialize=True)
         else:
             options = ocp.CheckpointManagerOptions(
                 best_fn=accuracy,  # without it orbax does not write the metrics
-                preservation_policy=preservation_policy.AnyPreservationPolicy([newest, best]),
+                preservation_policy=preservation_policy.AnyPreservationPolicy([newest, best, *history]),
                 cleanup_tmp_directories=True,
             )
             devices.on_every_host(self._drop_damaged_metrics)

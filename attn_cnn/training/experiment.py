@@ -20,6 +20,9 @@ from jaxtyping import Array, Int
 from attn_cnn import model as model_lib
 from attn_cnn import schema
 from attn_cnn.errors import UserError
+from attn_cnn.heads import measure
+from attn_cnn.heads import surgery as surgery_lib
+from attn_cnn.heads.surgery import Surgery
 from attn_cnn.training import checkpoint, data, devices, optim
 from attn_cnn.training import workdir as workdir_lib
 from attn_cnn.training.dataset import Spec
@@ -40,6 +43,7 @@ FIELDS = {
         "names of parameters, as in ('classifier',)",
         default=(),
     ),
+    **surgery_lib.FIELDS,
     **{f"data.{name}": field for name, field in data.FIELDS.items()},
     **{f"optimizer.{name}": field for name, field in optim.FIELDS.items()},
     **{f"checkpoint.{name}": field for name, field in checkpoint.FIELDS.items()},
@@ -60,10 +64,12 @@ def checked(config: ml_collections.ConfigDict, spec: Spec | None = None) -> ml_c
     config.model = model_lib.checked_model(config.model)
     data.check(config, spec)
     optim.check(config.optimizer)
-    if config.condition_penalty and not model_lib.has_penalty(config.model):
+    check_penalty(config.condition_penalty, config.model)
+    surgery_lib.check(config)
+    if config.checkpoint.history_epochs % config.checkpoint.every_epochs:
         raise UserError(
-            f"config.condition_penalty is {config.condition_penalty}, but no head of this model has a condition number "
-            "to penalise; set it to 0."
+            f"config.checkpoint.history_epochs is {config.checkpoint.history_epochs}, but only every "
+            f"{config.checkpoint.every_epochs} epochs there is a checkpoint (every_epochs); set it to a multiple."
         )
     if config.micro_batch_size and config.model.name == "resnet18":
         raise UserError(
@@ -75,6 +81,15 @@ def checked(config: ml_collections.ConfigDict, spec: Spec | None = None) -> ml_c
             f"config.init_except is {config.init_except}, but the run starts from no other; set config.init_from."
         )
     return config
+
+
+def check_penalty(penalty: float, model: ml_collections.ConfigDict) -> None:
+    """Raises UserError if there is a penalty on condition numbers, but no head of the model has one."""
+    if penalty and not model_lib.has_penalty(model):
+        raise UserError(
+            f"config.condition_penalty is {penalty}, but no head of this model has a condition number to penalise; "
+            "set it to 0."
+        )
 
 
 def check_name(name: str) -> None:
@@ -144,9 +159,21 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 class Experiment(NamedTuple):
-    """What follows from a config alone."""
+    """What follows from a config alone, or from it and what became of its heads.
+
+    Attributes:
+      config: the config as it was given.
+      model_config: its model, with the heads that remain.
+      spec: the data set.
+      model: the Flax module.
+      schedule: the learning rate by step.
+      optimizer: how gradients change parameters.
+      steps_per_epoch: steps of an epoch.
+      total_steps: steps of the run.
+    """
 
     config: ml_collections.ConfigDict
+    model_config: ml_collections.ConfigDict
     spec: Spec
     model: nn.Module
     schedule: optax.Schedule
@@ -171,12 +198,15 @@ class Experiment(NamedTuple):
         return order[batch * self.config.batch_size : (batch + 1) * self.config.batch_size]
 
 
-def create_experiment(config: ml_collections.ConfigDict, spec: Spec | None = None) -> Experiment:
+def create_experiment(
+    config: ml_collections.ConfigDict, spec: Spec | None = None, surgery: Surgery | None = None
+) -> Experiment:
     """Returns what follows from `config`.
 
     Args:
       config: the config.
       spec: what is known of its data; None: the data is loaded, where only that tells.
+      surgery: what became of the heads that the config asks for; None: nothing.
 
     Raises:
       UserError: the config does not describe a run, or its state is larger than a device's memory.
@@ -185,19 +215,38 @@ def create_experiment(config: ml_collections.ConfigDict, spec: Spec | None = Non
     if spec is None:
         spec = data.known_spec(config.data) or data.load_part(config.data).spec
         config = checked(config, spec)
+    model = surgery_lib.operated(config.model, surgery)
+    check_penalty(config.condition_penalty, model)
     steps_per_epoch = spec.train_size // config.batch_size
     schedule = optim.create_schedule(config.optimizer, steps_per_epoch, config.epochs)
     experiment = Experiment(
         config=config,
+        model_config=model,
         spec=spec,
-        model=model_lib.create_model(config.model, config.dtype, devices.AXIS),
+        model=model_lib.create_model(model, config.dtype, devices.AXIS),
         schedule=schedule,
-        optimizer=optim.create_optimizer(config.optimizer, schedule, model_lib.undecayed(config.model)),
+        optimizer=optim.create_optimizer(
+            config.optimizer, schedule, model_lib.undecayed(model), frozen_parameters(config, model, surgery)
+        ),
         steps_per_epoch=steps_per_epoch,
         total_steps=steps_per_epoch * config.epochs,
     )
     devices.check_memory(sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(abstract_state(experiment))))
     return experiment
+
+
+def frozen_parameters(
+    config: ml_collections.ConfigDict, model: ml_collections.ConfigDict, surgery: Surgery | None
+) -> dict | None:
+    """Returns masks of what config.freeze keeps as it is in the parameters of `model`; None: nothing."""
+    if config.freeze == "none":
+        return None
+    return surgery_lib.frozen(model, config.freeze, surgery, functools.partial(begins, names=config.init_except))
+
+
+def begins(path: tuple[str, ...], names: tuple[str, ...]) -> bool:
+    """Returns whether a parameter's path begins with one of `names`, as in ("layer_0/attention",)."""
+    return any(path[: len(name.split("/"))] == tuple(name.split("/")) for name in names)
 
 
 def abstract_state(experiment: Experiment) -> TrainState:
@@ -242,20 +291,62 @@ def state_of(experiment: Experiment, variables: dict, step: int = 0) -> TrainSta
     return state(variables)
 
 
-def first_state(experiment: Experiment) -> TrainState:
-    """Returns the state before the first step: random, or with the parameters of the run that `init_from` names.
+class Start(NamedTuple):
+    """How a run starts.
+
+    Attributes:
+      experiment: the run, with the heads that remain.
+      state: its state before the first step.
+      surgery: what became of the heads that its config asks for; None: nothing.
+      degenerate: of each layer, the degenerate heads of the run it starts from that were pruned or reset, with the
+        reason.
+    """
+
+    experiment: Experiment
+    state: TrainState
+    surgery: Surgery | None
+    degenerate: dict[int, dict[int, str]]
+
+
+def first_state(experiment: Experiment) -> Start:
+    """Returns the start of a run: random, or with the parameters of the run that `init_from` names.
+
+    Where that run has lost heads, so has this one. Then degenerate heads are pruned or reset.
 
     Raises:
       UserError: that run cannot be read, or its parameters do not fit.
     """
-    config, state = experiment.config, random_state(experiment)
+    config = experiment.config
     if not config.init_from:
-        return state
-    devices.on_every_host(lambda: load_config(workdir_lib.open_workdir(config.init_from)))  # all of them see it
-    other = load_run(config.init_from)
+        return Start(experiment, random_state(experiment), None, {})
+    workdir = workdir_lib.open_workdir(config.init_from)
+    given = devices.on_every_host(lambda: load_config(workdir))  # all of them see it
+    surgery = devices.on_every_host(lambda: workdir_lib.read_surgery(workdir))
+    if surgery:
+        same_heads = surgery_lib.untouched(given.model) == surgery_lib.untouched(config.model)
+        surgery = surgery.with_reset({}) if same_heads else None
+    experiment, other = create_experiment(config, experiment.spec, surgery), load_run(config.init_from)
+    state = random_state(experiment)
     ours = {"params": state.params, "batch_stats": state.batch_stats}
     theirs = {"params": other.params, "batch_stats": other.batch_stats}
-    return state_of(experiment, started_from(ours, theirs, config.init_from, config.init_except))
+    variables = started_from(ours, theirs, config.init_from, config.init_except)
+    if config.degenerate_heads == "keep":
+        return Start(experiment, state_of(experiment, variables), surgery, {})
+    return without_degenerate(experiment, variables, surgery)
+
+
+def without_degenerate(experiment: Experiment, variables: dict, surgery: Surgery | None) -> Start:
+    """Returns the start of a run from `variables`, with degenerate heads pruned or reset as its config says."""
+    config, model, params = experiment.config, experiment.model_config, variables["params"]
+    degenerate = measure.degenerate(experiment.model, params, model.image_shape)
+    surgery = surgery or surgery_lib.untouched(config.model)
+    if config.degenerate_heads == "prune":
+        surgery, params = surgery.pruned(degenerate), surgery_lib.prune(params, model, degenerate)
+    else:
+        surgery = surgery.with_reset(degenerate)
+        params = surgery_lib.reset(params, random_state(experiment).params, model, degenerate)
+    experiment = create_experiment(config, experiment.spec, surgery)
+    return Start(experiment, state_of(experiment, variables | {"params": params}), surgery, degenerate)
 
 
 def started_from(ours: dict, theirs: dict, workdir: str, fresh: tuple[str, ...]) -> dict:
@@ -268,19 +359,13 @@ def started_from(ours: dict, theirs: dict, workdir: str, fresh: tuple[str, ...])
     def flat(variables):
         return {path[1:]: (path, leaf) for path, leaf in traverse_util.flatten_dict(variables).items()}
 
-    def begins(path, name):
-        return path[: len(name.split("/"))] == tuple(name.split("/"))
-
-    def is_fresh(path):
-        return any(begins(path, name) for name in fresh)
-
     ours, theirs = flat(ours), flat(theirs)
-    unknown = [name for name in fresh if not any(begins(path, name) for path in ours | theirs)]
+    unknown = [name for name in fresh if not any(begins(path, (name,)) for path in ours | theirs)]
     problems = [f"config.init_except names {name}, which is no parameter" for name in unknown]
     result = {}
     for path, (whole_path, leaf) in ours.items():
         _, other = theirs.get(path, (None, None))
-        if is_fresh(path):
+        if begins(path, fresh):
             other = leaf
         elif other is None:
             problems.append(f"{'/'.join(path)} is missing there")
@@ -288,7 +373,9 @@ def started_from(ours: dict, theirs: dict, workdir: str, fresh: tuple[str, ...])
         elif other.shape != leaf.shape:
             problems.append(f"{'/'.join(path)} has shape {other.shape} there, {leaf.shape} here")
         result[whole_path] = other
-    problems += [f"{'/'.join(path)} is left over there" for path in theirs if path not in ours and not is_fresh(path)]
+    problems += [
+        f"{'/'.join(path)} is left over there" for path in theirs if path not in ours and not begins(path, fresh)
+    ]
     if problems:
         raise UserError(
             f"the run in {workdir} does not fit (config.init_from); change config.model, or name what starts afresh in "
@@ -339,7 +426,7 @@ class Run(NamedTuple):
       model: the Flax module.
       params: its parameters.
       batch_stats: the ResNet's running statistics, else {}.
-      config: the run's config.
+      config: the run's config, its model with the heads that remain.
       mean: mean of each channel of the images, scaled to [0, 1], for `augment.normalize`.
       std: standard deviation of each channel.
       step: steps that were done.
@@ -367,13 +454,18 @@ def load_run(workdir: epath.PathLike, step: int | str = "newest") -> Run:
       UserError: there is no run, or no such checkpoint of it, or it cannot be read.
     """
     workdir = workdir_lib.open_workdir(workdir)
-    experiment = create_experiment(load_config(workdir), workdir_lib.read_spec(workdir))
+    experiment = create_experiment(
+        load_config(workdir), workdir_lib.read_spec(workdir), workdir_lib.read_surgery(workdir)
+    )
     step, state = restore(experiment, workdir, step)
+    config = experiment.config.copy_and_resolve_references()
+    with config.ignore_type():
+        config.model = experiment.model_config
     return Run(
-        model=model_lib.create_model(experiment.config.model, experiment.config.dtype),
+        model=model_lib.create_model(config.model, config.dtype),
         params=state.params,
         batch_stats=state.batch_stats,
-        config=experiment.config,
+        config=config,
         mean=experiment.spec.mean,
         std=experiment.spec.std,
         step=step,

@@ -6,16 +6,18 @@ from collections.abc import Iterable
 from typing import NoReturn
 
 import jax
+import numpy as np
 import tqdm
 
 from attn_cnn.errors import Stopped, UserError
+from attn_cnn.heads import history
 from attn_cnn.training import devices
 from attn_cnn.training.checkpoint import Checkpoints
 from attn_cnn.training.dataset import Dataset
 from attn_cnn.training.experiment import Experiment, Next, TrainState
 from attn_cnn.training.metrics import Writer
 from attn_cnn.training.progress import Clock, log_epoch, window_metrics
-from attn_cnn.training.steps import Inputs, compile_train_step, create_evaluate
+from attn_cnn.training.steps import Inputs, compile_train_step, create_evaluate, create_measure
 from attn_cnn.training.stopping import Interrupt, Vote
 from attn_cnn.training.tracing import Profile
 
@@ -32,17 +34,19 @@ class Loop:
         dataset: Dataset,
         checkpoints: Checkpoints,
         writer: Writer,
+        heads: history.History,
         interrupt: Interrupt,
         profiler: Profile,
         bar: tqdm.tqdm,
     ):
-        self.experiment, self.checkpoints, self.writer = experiment, checkpoints, writer
+        self.experiment, self.checkpoints, self.writer, self.heads = experiment, checkpoints, writer, heads
         self.interrupt, self.profiler, self.bar = interrupt, profiler, bar
         self.images, self.labels, *test_set = devices.replicate(dataset[:4])
         self.state, self.test, self.loss = devices.replicate(state), {}, None
         self.places = devices.shares(experiment.config.batch_size, experiment.pieces)
         self.step = compile_train_step(experiment)
         self.evaluation = create_evaluate(experiment, *test_set, interrupt)
+        self.measure = create_measure(experiment, test_set[0])
         self.vote, self.stopping = Vote(interrupt), False
         self.clock = Clock(experiment.config.batch_size / jax.device_count())
 
@@ -87,7 +91,15 @@ class Loop:
         self.test = test
         split = self.experiment.evaluated_on
         self.writer.write(step, {f"{split}/{name}": value for name, value in test.items()})
+        if self.measure:
+            self.write_heads(step, self.measure(self.state))
         log_epoch(self.experiment, step, self.state, test, self.clock)
+
+    def write_heads(self, step: int, numbers: dict[str, np.ndarray]) -> None:
+        """Writes what each head does; process 0 has the file."""
+        self.writer.write(step, history.scalars(numbers))
+        epoch = step // self.experiment.steps_per_epoch
+        devices.on_every_host(lambda: self.heads.append(epoch, step, numbers) if jax.process_index() == 0 else None)
 
     def save(self, step: int) -> None:
         """Writes a checkpoint, after the metrics that came before it."""

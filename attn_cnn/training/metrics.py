@@ -112,7 +112,9 @@ def trim(directory: epath.Path, step: int, evaluated: bool) -> None:
         kept = io.BytesIO()
         writer = RecordWriter(kept)
         for event in _events(path):
-            of_evaluation = any(value.tag.startswith(("test/", "validation/")) for value in event.summary.value)
+            of_evaluation = any(
+                value.tag.startswith(("test/", "validation/", "heads/")) for value in event.summary.value
+            )
             if event.step < step or (event.step == step and (evaluated or not of_evaluation)):
                 writer.write(event.SerializeToString())
         temporary = path.with_name("trimmed")

@@ -3,6 +3,7 @@
 from collections.abc import Collection
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import optax
 
@@ -61,20 +62,27 @@ def create_schedule(optimizer: ml_collections.ConfigDict, steps_per_epoch: int, 
 
 
 def create_optimizer(
-    optimizer: ml_collections.ConfigDict, schedule: optax.ScalarOrSchedule, undecayed: Collection[str] = ()
+    optimizer: ml_collections.ConfigDict,
+    schedule: optax.ScalarOrSchedule,
+    undecayed: Collection[str] = (),
+    frozen: dict | None = None,
 ) -> optax.GradientTransformation:
     """Returns SGD with momentum, or Adam with it as beta_1, both with weight decay: plain L2 added to the gradient.
 
     It spares the parameters called one of `undecayed`: pulling a head's position to the query pixel regularises
-    nothing.
+    nothing. Where `frozen`, a mask for each parameter, is True, the parameter stays as it is to the last bit.
     """
 
     def decayed(params):
         return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in undecayed, params)
 
     moments = optax.trace(optimizer.momentum) if optimizer.name == "sgd" else optax.scale_by_adam(b1=optimizer.momentum)
-    return optax.chain(
+    descent = optax.chain(
         optax.add_decayed_weights(optimizer.weight_decay, mask=decayed),
         moments,
         optax.scale_by_learning_rate(schedule),
     )
+    if frozen is None:
+        return descent
+    held = optax.stateless(lambda updates, _: jax.tree.map(lambda mask, u: jnp.where(mask, 0, u), frozen, updates))
+    return optax.chain(descent, held)

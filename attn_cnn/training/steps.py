@@ -14,6 +14,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
+from attn_cnn.heads.measure import IMAGES, Numbers, measure, stacked
+from attn_cnn.model import has_heads, kinds_and_heads
 from attn_cnn.training import augment, devices
 from attn_cnn.training.experiment import Experiment, TrainState
 from attn_cnn.training.stopping import Interrupt, Vote
@@ -171,6 +173,30 @@ def eval_step(
 def compile_eval_step(experiment: Experiment) -> Callable[[dict, Inputs, Array], tuple[Array, Array]]:
     """Returns the evaluation step on all devices."""
     return devices.mapped(functools.partial(eval_step, experiment=experiment))
+
+
+def measure_step(
+    params: dict, images: UInt8[Array, "examples height width channels"], places: Int[Array, "1 share"], *, experiment
+) -> dict[int, Numbers]:
+    """Returns what the heads of each layer do, over the first images of the test set, of which this device has some."""
+    counts = places[0] >= 0
+    x = augment.normalize(images[jnp.where(counts, places[0], 0)], experiment.spec.mean, experiment.spec.std)
+    weights = counts / jax.lax.psum(counts.sum(), devices.AXIS)
+    return measure(experiment.model, params, x, weights, devices.AXIS)
+
+
+def create_measure(experiment: Experiment, images: Array) -> Callable[[TrainState], dict[str, np.ndarray]] | None:
+    """Returns a function from the state to the numbers of its heads (`heads.measure.stacked`); None: it has none."""
+    model = experiment.model_config
+    if not has_heads(model):
+        return None
+    step = devices.mapped(functools.partial(measure_step, experiment=experiment))
+    places = devices.shares(min(IMAGES, len(images)))
+
+    def measured(state: TrainState) -> dict[str, np.ndarray]:
+        return stacked(step(state.params, images, places), len(kinds_and_heads(model)))
+
+    return measured
 
 
 def create_evaluate(

@@ -1,4 +1,4 @@
-"""A run's folder: config.json, data.json, checkpoints/ and metrics/, for one process at a time.
+"""A run's folder: config.json, data.json, heads.json, checkpoints/ and metrics/, for one process at a time.
 
 The claim is a lock on config.json, which the operating system drops when its process ends, however it ends.
 """
@@ -18,6 +18,7 @@ from etils import epath
 
 from attn_cnn import paths, schema
 from attn_cnn.errors import UserError, first_line
+from attn_cnn.heads.surgery import Surgery
 from attn_cnn.training.checkpoint import Checkpoints
 from attn_cnn.training.dataset import Spec
 
@@ -26,11 +27,20 @@ log = logging.getLogger("attn_cnn")
 CONFIG = "config.json"
 DATA = "data.json"
 CHECKPOINTS = "checkpoints"
+SURGERY = "heads.json"  # the heads that remain of those in config.json, where some were pruned or reset
 
 # Fields that may differ when a run resumes: they change no result, but for micro_batch_size, which, like the number of
 # devices, changes what dropout draws.
 HARMLESS = frozenset(
-    {"data.dir", "checkpoint.keep", "checkpoint.every_epochs", "log_every_steps", "eval_batch_size", "micro_batch_size"}
+    {
+        "data.dir",
+        "checkpoint.keep",
+        "checkpoint.every_epochs",
+        "checkpoint.history_epochs",
+        "log_every_steps",
+        "eval_batch_size",
+        "micro_batch_size",
+    }
 )
 
 
@@ -119,8 +129,11 @@ def create(
     spec: Spec,
     state: Any,
     metrics: dict[str, float] | None = None,
+    surgery: Surgery | None = None,
 ) -> None:
     """Makes `workdir` a run of `config` that has come to `state`, with `metrics` if that was evaluated.
+
+    Of its heads, `surgery` says which the state has.
 
     Raises:
       UserError: the workdir holds a run already, or cannot be written.
@@ -130,6 +143,7 @@ def create(
     with Checkpoints(workdir / CHECKPOINTS) as checkpoints:
         checkpoints.save(int(state.step), state, metrics)
     write_spec(workdir, spec)
+    write_surgery(surgery, workdir)
     try:
         # The config comes last: a run without a checkpoint would start from random weights.
         write_config(config, workdir / CONFIG)
@@ -214,6 +228,41 @@ def read_config(path: epath.Path) -> ml_collections.ConfigDict:
         return ml_collections.ConfigDict(tuples(json.loads(path.read_text())))
     except (OSError, RecursionError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not a config: {first_line(error)}") from None
+
+
+def read_surgery(workdir: epath.Path) -> Surgery | None:
+    """Returns what became of the heads that the run's config asks for; None: nothing.
+
+    Raises:
+      UserError: the file is damaged.
+    """
+    path = workdir / SURGERY
+    if not path.exists():
+        return None
+    try:
+        fields = json.loads(path.read_text())
+        return Surgery(*(tuple(tuple(map(int, heads)) for heads in fields[name]) for name in Surgery._fields))
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} does not say which heads remain: {first_line(error)}") from None
+
+
+def write_surgery(surgery: Surgery | None, workdir: epath.Path) -> None:
+    """Writes what `read_surgery` reads, whole or not at all.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    path = workdir / SURGERY
+    try:
+        if surgery is None:
+            path.unlink(missing_ok=True)
+            return
+        workdir.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{SURGERY}.writing")
+        temporary.write_text(json.dumps(surgery._asdict()) + "\n")
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {first_line(error)}") from None
 
 
 def differences(
