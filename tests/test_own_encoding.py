@@ -15,6 +15,7 @@ import attn_cnn
 from attn_cnn import mixing, train
 from attn_cnn.attention import attention_maps
 from attn_cnn.encodings import ENCODINGS, CenteredEncoding, along_heads, centers_init, encoding_class, spreads_init
+from attn_cnn.heads import history, measure, surgery
 from attn_cnn.model import abstract_variables, create_model
 from configs import quadratic
 
@@ -109,6 +110,23 @@ def test_none_of_its_heads_is_pruned_or_drawn_as_a_gaussian():
     heads = Manhattan(jnp.zeros((2, 2)), jnp.zeros(2))
     assert heads.degenerate() == {}
     assert heads.gaussians() is None
+
+
+@pytest.mark.slow
+def test_its_heads_have_numbers_and_are_replayed_from_them():
+    images, params = start()
+    model = create_model(small_model("manhattan", layers=1))
+    by_layer = jax.jit(functools.partial(measure.measure, model))(params, images)
+    numbers = history.appended({}, {"epoch": 1, "step": 1, **measure.stacked(by_layer, 1)})
+    assert np.isfinite(numbers["nonlocality"]).all() and "center" not in numbers
+    (ours,) = jax.jit(functools.partial(attention_maps, model))(params, images)
+    assert_close(history.replay(numbers, 0, 0), ours[0], tolerance=3e-3)  # row and column scores are in float16
+
+
+def test_its_heads_can_be_pruned():
+    model, (_, params) = small_model("manhattan", layers=1), start()
+    pruned = surgery.prune(params, model, {0: {0}})["layer_0"]["attention"]
+    np.testing.assert_array_equal(pruned["centers"], params["layer_0"]["attention"]["centers"][1:])
 
 
 @pytest.mark.slow

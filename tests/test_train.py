@@ -24,6 +24,8 @@ from attn_cnn.training import experiment as experiment_lib
 from attn_cnn.training.checkpoint import Checkpoints
 from configs import quadratic
 
+FILES = ["checkpoints", "config.json", "data.json", "heads.npz", "metrics"]
+
 
 def final_state(config, workdir):
     experiment = experiment_lib.create_experiment(config)
@@ -105,13 +107,13 @@ def test_fields_that_cannot_change_the_results_may_differ_and_the_config_on_disk
     assert "is finished" in done.stderr
     config = json.loads((workdir / "config.json").read_text())
     assert (config["checkpoint"]["keep"], config["eval_batch_size"], config["micro_batch_size"]) == (2, 7, 50)
-    assert sorted(path.name for path in workdir.iterdir()) == ["checkpoints", "config.json", "heads.npz", "metrics"]
+    assert sorted(path.name for path in workdir.iterdir()) == FILES
 
 
 @pytest.mark.slow
 def test_the_workdir_holds_what_it_should_and_the_log_reads(uninterrupted):
     workdir = uninterrupted.workdir
-    assert sorted(path.name for path in workdir.iterdir()) == ["checkpoints", "config.json", "heads.npz", "metrics"]
+    assert sorted(path.name for path in workdir.iterdir()) == FILES
     assert json.loads((workdir / "config.json").read_text())["epochs"] == 12
     steps = [step for step, _ in program.scalars(workdir, "test/accuracy")]
     assert steps == [14 * epoch for epoch in range(1, 13)]
