@@ -23,7 +23,7 @@ from absl import flags
 from etils import epath
 from flax import traverse_util
 
-from attn_cnn import cli, paths
+from attn_cnn import cli, paths, schema
 from attn_cnn.encodings import ENCODINGS, encoding_class
 from attn_cnn.errors import UserError, first_line
 from attn_cnn.model import abstract_variables, checked_model
@@ -104,7 +104,18 @@ def _cause(state_dict: Mapping[str, Any], model: ml_collections.ConfigDict) -> s
         return f"; its encoding is {' or '.join(fitting)}: give --config=configs/{fitting[0]}.py"
     if len(layers) != model.layers:
         return f"; it has {len(layers)} layers: set config.model.layers"
+    heads = tuple(
+        _value_heads(state_dict.get(f"encoder.layer.{n}.attention.self.value.weight")) for n in sorted(layers)
+    )
+    if heads != schema.for_each_layer(model.heads, model.layers):
+        given = ",".join(map(str, heads))
+        return f'; its layers have {given} heads: set --config.model.heads="({given},)"'
     return ""
+
+
+def _value_heads(weight: Any) -> int:
+    """Returns the number of heads of a layer whose value map has the weight (features, heads * features), or none."""
+    return 0 if weight is None else weight.shape[1] // weight.shape[0]
 
 
 def _misfit(name: str, array: np.ndarray, shape: tuple[int, ...]) -> str | None:

@@ -74,7 +74,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, profile: b
             begin = f"Resuming {workdir} at step {step} of" if step else f"Starting {workdir}:"
             log.info("%s %d steps.", begin, experiment.total_steps)
             writer = stack.enter_context(Writer(workdir / "metrics", step, evaluated))
-            heads = devices.on_every_host(lambda: History(workdir, step, evaluated))
+            heads = devices.on_every_host(functools.partial(open_heads, workdir, step, evaluated))
             profiler = stack.enter_context(Profile(workdir / "profile" if profile else None))
             bar = stack.enter_context(progress_line(step, experiment.total_steps))
             loop = Loop(experiment, state, dataset, checkpoints, writer, heads, interrupt, profiler, bar)
@@ -99,6 +99,11 @@ def open_checkpoints(experiment: Experiment, workdir: epath.Path) -> Checkpoints
     return Checkpoints(workdir / workdir_lib.CHECKPOINTS, config.keep, history_steps=history_steps)
 
 
+def open_heads(workdir: epath.Path, step: int, evaluated: bool) -> History | None:
+    """Returns the numbers of the run's heads so far; on several hosts process 0 has them."""
+    return History(workdir, step, evaluated) if jax.process_index() == 0 else None
+
+
 def as_left(experiment: Experiment, workdir: epath.Path) -> Experiment:
     """Returns the experiment with the heads that the run in `workdir` has left."""
     surgery = devices.on_every_host(lambda: workdir_lib.read_surgery(workdir))
@@ -107,11 +112,10 @@ def as_left(experiment: Experiment, workdir: epath.Path) -> Experiment:
 
 def model_as_left(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> ml_collections.ConfigDict:
     """Returns the config's model with the heads that the run in `workdir` has left, where it is a run of that model."""
-    workdir = workdir_lib.open_workdir(workdir)
+    config, workdir = checked(config), workdir_lib.open_workdir(workdir)
     surgery = workdir_lib.read_surgery(workdir)
-    model = checked(config).model
     same = surgery and not workdir_lib.differences(config, load_config(workdir), only=("model.",))
-    return operated(model, surgery) if same else model
+    return operated(config.model, surgery) if same else config.model
 
 
 def start(

@@ -36,6 +36,7 @@ class Declared(nn.Module):
     embedding_size: int = 0
     start: str = "random"
     init_spread: float = 1.0
+    content_start: str = "random"
 
     @nn.compact
     def __call__(self):

@@ -34,7 +34,7 @@ class Loop:
         dataset: Dataset,
         checkpoints: Checkpoints,
         writer: Writer,
-        heads: history.History,
+        heads: history.History | None,
         interrupt: Interrupt,
         profiler: Profile,
         bar: tqdm.tqdm,
@@ -96,10 +96,10 @@ class Loop:
         log_epoch(self.experiment, step, self.state, test, self.clock)
 
     def write_heads(self, step: int, numbers: dict[str, np.ndarray]) -> None:
-        """Writes what each head does; process 0 has the file."""
+        """Writes what each head does; on several hosts process 0 does."""
         self.writer.write(step, history.scalars(numbers))
         epoch = step // self.experiment.steps_per_epoch
-        devices.on_every_host(lambda: self.heads.append(epoch, step, numbers) if jax.process_index() == 0 else None)
+        devices.on_every_host(lambda: self.heads.append(epoch, step, numbers) if self.heads else None)
 
     def save(self, step: int) -> None:
         """Writes a checkpoint, after the metrics that came before it."""
