@@ -61,9 +61,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, profile: b
         devices.on_every_host(lambda: claim(workdir, experiment, stack) if jax.process_index() == 0 else None)
         check_same_workdir(workdir)
         checkpoints = stack.enter_context(open_checkpoints(experiment, workdir))
-        experiment = as_left(experiment, workdir)
-        restored = checkpoints.restore(abstract_state(experiment))
-        experiment, (step, state) = (experiment, restored) if restored else start(experiment, workdir, checkpoints)
+        experiment, step, state = newest_or_first(experiment, workdir, checkpoints)
         # A checkpoint without metrics was written on the way: at the end of an epoch, before its evaluation.
         evaluated = step == 0 or checkpoints.metrics(step) is not None
         if step == experiment.total_steps and evaluated:
@@ -118,13 +116,16 @@ def model_as_left(config: ml_collections.ConfigDict, workdir: epath.PathLike) ->
     return operated(config.model, surgery) if same else config.model
 
 
-def start(
+def newest_or_first(
     experiment: Experiment, workdir: epath.Path, checkpoints: Checkpoints
-) -> tuple[Experiment, tuple[int, TrainState]]:
-    """Returns the run with the heads that remain, and step 0 with its state.
+) -> tuple[Experiment, int, TrainState]:
+    """Returns the run with the heads that it has left, and step and state: of its newest checkpoint, or of its start.
 
-    One from another run is saved, since that run may be gone at the next start.
+    A start from another run is saved, since that run may be gone the next time.
     """
+    experiment = as_left(experiment, workdir)
+    if restored := checkpoints.restore(abstract_state(experiment)):
+        return experiment, *restored
     started = first_state(experiment)
     if experiment.config.init_from:
         log_degenerate(experiment, started.degenerate)
@@ -132,7 +133,7 @@ def start(
         write = functools.partial(workdir_lib.write_surgery, started.surgery, workdir)
         devices.on_every_host(lambda: write() if jax.process_index() == 0 else None)
         checkpoints.save(0, started.state)
-    return started.experiment, (0, started.state)
+    return started.experiment, 0, started.state
 
 
 def log_degenerate(experiment: Experiment, degenerate: dict[int, dict[int, str]]) -> None:

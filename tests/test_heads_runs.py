@@ -66,6 +66,7 @@ def pruned(other, tmp_path_factory):
 # Prune at the start
 
 
+@pytest.mark.slow
 def test_degenerate_heads_are_gone_and_named_and_all_else_is_as_it_was(other):
     start = first_state(create_experiment(config_of(init_from=str(other), degenerate_heads="prune")))
     assert start.surgery.kept == ((0, 2, 3), ())

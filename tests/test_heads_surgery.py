@@ -65,6 +65,7 @@ def test_a_model_that_lost_heads_has_no_square_to_start_on():
 # Prune
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_what_is_left_has_the_shapes_of_a_model_with_fewer_heads_and_the_other_heads_numbers(encoding):
     params = params_of(encoding)
@@ -109,6 +110,7 @@ def test_a_head_whose_value_is_zero_changes_no_logit_when_it_is_pruned(encoding,
     assert_close(create_model(after).apply({"params": surgery.prune(params, model, chosen)}, images), logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", [optax.sgd(0.1, 0.9), optax.adam(0.1)])
 def test_an_optimizers_state_of_what_remains_stays(optimizer):
     model, params = config_of("quadratic"), params_of("quadratic")
@@ -126,6 +128,7 @@ def test_an_optimizers_state_of_what_remains_stays(optimizer):
 # Reset
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["quadratic_generalized", "learned", "gated"])
 def test_reset_heads_are_fresh_in_every_slice_and_nothing_else_changes(encoding):
     model, params, fresh = config_of(encoding), params_of(encoding), params_of(encoding, seed=1)

@@ -123,6 +123,7 @@ def test_its_heads_have_numbers_and_are_replayed_from_them():
     assert_close(history.replay(numbers, 0, 0), ours[0], tolerance=3e-3)  # row and column scores are in float16
 
 
+@pytest.mark.slow
 def test_its_heads_can_be_pruned():
     model, (_, params) = small_model("manhattan", layers=1), start()
     pruned = surgery.prune(params, model, {0: {0}})["layer_0"]["attention"]

@@ -323,7 +323,8 @@ def first_state(experiment: Experiment) -> Start:
     given = devices.on_every_host(lambda: load_config(workdir))  # all of them see it
     surgery = devices.on_every_host(lambda: workdir_lib.read_surgery(workdir))
     if surgery:
-        same_heads = surgery_lib.untouched(given.model) == surgery_lib.untouched(config.model)
+        same_model = given.model.name == config.model.name
+        same_heads = same_model and surgery_lib.untouched(given.model) == surgery_lib.untouched(config.model)
         surgery = surgery.with_reset({}) if same_heads else None
     experiment, other = create_experiment(config, experiment.spec, surgery), load_run(config.init_from)
     state = random_state(experiment)

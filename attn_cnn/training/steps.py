@@ -176,7 +176,11 @@ def compile_eval_step(experiment: Experiment) -> Callable[[dict, Inputs, Array],
 
 
 def measure_step(
-    params: dict, images: UInt8[Array, "examples height width channels"], places: Int[Array, "1 share"], *, experiment
+    params: dict,
+    images: UInt8[Array, "examples height width channels"],
+    places: Int[Array, "1 share"],
+    *,
+    experiment: Experiment,
 ) -> dict[int, Numbers]:
     """Returns what the heads of each layer do, over the first images of the test set, of which this device has some."""
     counts = places[0] >= 0
