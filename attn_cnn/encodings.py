@@ -376,6 +376,11 @@ class LearnedEncoding(Encoding):
                 f"config.model.max_side is {model.max_side}, but patches of {model.patch} make a grid of side {side}; "
                 f"set max_side to {side} or more."
             )
+        if model.share_tables and len({*schema.for_each_layer(model.hidden_size, model.layers)}) > 1:
+            raise UserError(
+                f"config.model.share_tables is True, but layers of several sizes (config.model.hidden_size is "
+                f"{model.hidden_size}) share no tables; set it to False."
+            )
 
     @classmethod
     def check_grid(cls, height: int, width: int, max_side: int) -> None:
@@ -446,16 +451,17 @@ class QueryEncoding(LearnedEncoding):
     def check(cls, model: ml_collections.ConfigDict) -> None:
         """Raises UserError if a query cannot be halved or the tables are not as wide as its halves."""
         super().check(model)
-        if model.hidden_size % 2:
-            raise UserError(
-                f"config.model.hidden_size is {model.hidden_size}; the {cls.name} encoding halves each query, "
-                "so it must be even."
-            )
-        if model.embedding_size not in (0, model.hidden_size // 2):
-            raise UserError(
-                f"config.model.embedding_size is {model.embedding_size}; the {cls.name} encoding multiplies tables "
-                f"with half a query, so it must be {model.hidden_size // 2}, or 0 for just that."
-            )
+        for size in schema.for_each_layer(model.hidden_size, model.layers):
+            if size % 2:
+                raise UserError(
+                    f"config.model.hidden_size is {model.hidden_size}; the {cls.name} encoding halves each query, "
+                    "so it must be even."
+                )
+            if model.embedding_size not in (0, size // 2):
+                raise UserError(
+                    f"config.model.embedding_size is {model.embedding_size}; the {cls.name} encoding multiplies tables "
+                    f"with half a query, so it must be {size // 2}, or 0 for just that."
+                )
 
 
 def declare_per_head(

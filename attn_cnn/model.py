@@ -2,6 +2,9 @@
 
 a = Dense(Attention(x));       x = LayerNorm(x + Dropout(a))
 m = Dense(GELU(Dense(x)));     x = LayerNorm(x + Dropout(m))
+
+Ours, not the paper's: before some layers the grid may halve, as the image does at the start, each 2x2 patch of it being
+concatenated and mapped to the next layer's features. All that mixes pixels is still attention.
 """
 
 import functools
@@ -35,9 +38,14 @@ ATTENTION_FIELDS = {
     "layer": schema.each_layer(schema.choice("attention", "convolution", default="attention")),
     "kernel_size": schema.integer(1, 4096, default=3),  # of the layers that are convolutions
     "heads": schema.each_layer(schema.integer(0, 1024)),
-    "hidden_size": schema.integer(1, 65_536),
-    "mlp_size": schema.integer(1, 262_144),
+    "hidden_size": schema.each_layer(schema.integer(1, 65_536)),
+    "mlp_size": schema.each_layer(schema.integer(1, 262_144)),
     "patch": schema.integer(1, 4096),
+    "merge_before": schema.tuple_of(
+        lambda v: all(type(i) is int and 0 < i < 100 for i in v) and sorted(set(v)) == list(v),
+        "increasing numbers of layers, counted from 0 and without the first, as in (2, 4)",
+        default=(),
+    ),
     "max_side": schema.integer(1, 4096),
     "dropout": schema.number(0, 1, below=True),
     "attention_dropout": schema.number(0, 1, below=True),
@@ -102,20 +110,22 @@ class Classifier(nn.Module):
 
     Attributes:
       mixers: for each layer, what makes the layer that mixes pixels.
-      hidden_size: features of a pixel.
-      mlp_size: features inside the perceptrons.
+      hidden_sizes: for each layer, features of a pixel; they change only where the grid halves.
+      mlp_sizes: for each layer, features inside the perceptron.
       patch: side of a patch, in pixels of the image.
       classes: number of classes.
+      merge_before: layers before which each 2x2 patch of the grid becomes one pixel.
       tables: declares what all layers share, given this module and the `features` of a pixel; None: nothing is shared.
       dropout: rate at which features are dropped before each residual connection.
       dtype: type of the computation.
     """
 
     mixers: tuple[Callable[[], nn.Module], ...]
-    hidden_size: int
-    mlp_size: int
+    hidden_sizes: tuple[int, ...]
+    mlp_sizes: tuple[int, ...]
     patch: int
     classes: int
+    merge_before: tuple[int, ...] = ()
     tables: Callable[..., Any] | None = None
     dropout: float = 0.0
     dtype: Any = jnp.float32
@@ -125,13 +135,17 @@ class Classifier(nn.Module):
         self, images: Float[Array, "batch height width channels"], *, train: bool = False
     ) -> Float[Array, "batch classes"]:
         """Returns the logits of normalised images, NHWC."""
-        x = patches(images, self.patch)
-        x = dense(self.hidden_size, x.shape[-1], dtype=self.dtype, name="patch_embedding")(x)
-        x = x.astype(jnp.float32)
-        tables = self.tables(self, features=self.hidden_size) if self.tables else None
-        for i, mixer in enumerate(self.mixers):
-            x = EncoderLayer(mixer, self.mlp_size, self.dropout, self.dtype, name=f"layer_{i}")(x, tables, train=train)
-        return dense(self.classes, self.hidden_size, name="classifier")(x.mean(axis=(1, 2)))
+        x = self.embed(patches(images, self.patch), self.hidden_sizes[0], "patch_embedding")
+        tables = self.tables(self, features=self.hidden_sizes[0]) if self.tables else None
+        for i, (mixer, size, mlp_size) in enumerate(zip(self.mixers, self.hidden_sizes, self.mlp_sizes, strict=True)):
+            if i in self.merge_before:
+                x = self.embed(patches(x, 2), size, f"merge_{i}")
+            x = EncoderLayer(mixer, mlp_size, self.dropout, self.dtype, name=f"layer_{i}")(x, tables, train=train)
+        return dense(self.classes, x.shape[-1], name="classifier")(x.mean(axis=(1, 2)))
+
+    def embed(self, x: Float[Array, "batch H W inputs"], size: int, name: str) -> Float[Array, "batch H W features"]:
+        """Maps concatenated pixels to `size` features, in float32."""
+        return dense(size, x.shape[-1], dtype=self.dtype, name=name)(x).astype(jnp.float32)
 
 
 def create_model(
@@ -160,10 +174,11 @@ def create_model(
         tables = functools.partial(declare, max_side=model.max_side, embedding_size=model.embedding_size)
     return Classifier(
         mixers=mixers(model, jnp.dtype(dtype), device),
-        hidden_size=model.hidden_size,
-        mlp_size=model.mlp_size,
+        hidden_sizes=schema.for_each_layer(model.hidden_size, model.layers),
+        mlp_sizes=schema.for_each_layer(model.mlp_size, model.layers),
         patch=model.patch,
         classes=model.classes,
+        merge_before=model.merge_before,
         tables=tables,
         dropout=model.dropout,
         dtype=jnp.dtype(dtype),
@@ -198,6 +213,13 @@ def kinds_and_heads(model: ml_collections.ConfigDict) -> list[tuple[str, int]]:
     """Returns of each layer what mixes its pixels, "attention" or "convolution", and its number of heads."""
     kinds, heads = (schema.for_each_layer(value, model.layers) for value in (model.layer, model.heads))
     return list(zip(kinds, heads, strict=True))
+
+
+def grids(model: ml_collections.ConfigDict) -> list[tuple[int, int]]:
+    """Returns (height, width) of the grid of each layer of an attention model."""
+    height, width, _ = model.image_shape
+    sides = [model.patch * 2 ** sum(merge <= layer for merge in model.merge_before) for layer in range(model.layers)]
+    return [(height // side, width // side) for side in sides]
 
 
 def abstract_variables(model: ml_collections.ConfigDict) -> dict:
@@ -244,12 +266,36 @@ def _check_attention(model: ml_collections.ConfigDict) -> None:
             f"config.model.patch is {model.patch}, which does not divide the {height}x{width} image; "
             f"choose one of {', '.join(map(str, divisors))}."
         )
-    for name in ("heads", "layer"):
+    for name in ("heads", "layer", "hidden_size", "mlp_size"):
         if len(schema.for_each_layer(model[name], model.layers)) != model.layers:
             raise UserError(
                 f"config.model.{name} is {model[name]!r}, but config.model.layers is {model.layers}; "
                 "give one for each layer, or one for all."
             )
+    _check_merging(model)
     encoding = encoding_class(model.encoding)
     encoding.check(model)
     attention.check_form(encoding, model.mixing, model.attention_dropout, model.attention_dropout_on)
+
+
+def _check_merging(model: ml_collections.ConfigDict) -> None:
+    """Raises UserError if the grid cannot halve where it is to, or features change where it does not."""
+    height, width, _ = model.image_shape
+    if model.merge_before and model.merge_before[-1] >= model.layers:
+        raise UserError(
+            f"config.model.merge_before is {model.merge_before}, but config.model.layers is {model.layers}, and layers "
+            "are counted from 0."
+        )
+    side = model.patch * 2 ** len(model.merge_before)
+    if height % side or width % side:
+        raise UserError(
+            f"config.model.merge_before is {model.merge_before}, but the {height // model.patch}x"
+            f"{width // model.patch} grid does not halve {len(model.merge_before)} times; leave some out."
+        )
+    sizes = schema.for_each_layer(model.hidden_size, model.layers)
+    changes = [i for i in range(1, model.layers) if sizes[i] != sizes[i - 1] and i not in model.merge_before]
+    if changes:
+        raise UserError(
+            f"config.model.hidden_size is {model.hidden_size}, which changes before layer {changes[0]}, counted from "
+            "0; it can only change before the layers of config.model.merge_before."
+        )

@@ -10,7 +10,7 @@ from clu import parameter_overview
 
 from attn_cnn.layers import Linear
 from attn_cnn.mixing import UNBOUNDED
-from attn_cnn.model import abstract_variables, create_model
+from attn_cnn.model import abstract_variables, create_model, grids
 
 
 def count_parameters(params: dict) -> int:
@@ -32,8 +32,8 @@ def paper_flops(model: ml_collections.ConfigDict) -> int:
             kernel = context.module.variables["params"]["kernel"]
             total += 2 * math.prod(out.shape) * math.prod(kernel.shape) // context.module.features
         elif isinstance(context.module, Linear):  # of a layer, for every pixel of its grid
-            height, width, _ = model.image_shape
-            total += 2 * (height // model.patch) * (width // model.patch) * math.prod(out.kernel.shape)
+            layer = int(context.module.path[0].removeprefix("layer_"))
+            total += 2 * math.prod(grids(model)[layer]) * math.prod(out.kernel.shape)
         return out
 
     with nn.intercept_methods(count):

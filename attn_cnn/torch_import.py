@@ -139,6 +139,8 @@ def torch_names(path: tuple[str, ...], model: ml_collections.ConfigDict) -> list
     module, leaf = path[0], path[-1]
     if module in _TOP:
         return [f"{_TOP[module]}.{_LEAF[leaf]}"]
+    if module.startswith("merge_"):
+        raise UserError("the paper's code has no grid that halves; set config.model.merge_before to ().")
     if not module.startswith("layer_"):  # tables that all layers share
         return [_torch_attention_name(i, path, model) for i in range(model.layers)]
     layer = int(module.removeprefix("layer_"))

@@ -10,7 +10,7 @@ It starts from runs/quadratic_generalized[_<scale>], which must be finished, or 
 
 from configs import quadratic_generalized
 
-EPOCHS = {"": 100, "small": 5, "digits": 20}
+EPOCHS = {"": 100, "small": 5, "pyramid": 5, "digits": 20}
 
 
 def get_config(scale=""):

@@ -11,9 +11,10 @@ import ml_collections
 
 from configs import common
 
-SMALL = {
-    "epochs": 15,
-    "optimizer.decay_epochs": (8, 12),
+SMALL = common.SMALL_RUN | {
+    "optimizer.schedule": "cosine",
+    "optimizer.warmup": 0.05,
+    "optimizer.decay_epochs": (),
     "model.width": 8,
 }
 

@@ -14,12 +14,14 @@ from attn_cnn.model import model_fields
 from attn_cnn.training import experiment as experiment_lib
 from attn_cnn.training import workdir as workdir_lib
 from attn_cnn.training.experiment import checked, load_config
-from configs import common, quadratic, resnet18
+from configs import common, convolution, quadratic, resnet18
 
 EXPERIMENTS = (
     "quadratic", "quadratic_generalized", "many_heads", "learned", "learned_query", "learned_content",
-    "learned_content_position", "gated", "quadratic_pruned", "resnet18",
+    "learned_content_position", "gated", "quadratic_pruned", "convolution", "resnet18",
 )  # fmt: skip
+SCALES = [(experiment, scale) for experiment in EXPERIMENTS for scale in common.SCALES]
+SCALES.remove(("resnet18", "pyramid"))  # its grid halves at every scale
 
 
 def get_config(experiment, scale=""):
@@ -30,16 +32,14 @@ def test_every_file_of_configs_is_an_experiment_or_common():
     assert {path.stem for path in Path(common.__file__).parent.glob("*.py")} == {*EXPERIMENTS, "common"}
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
-@pytest.mark.parametrize("scale", common.SCALES)
+@pytest.mark.parametrize("experiment, scale", SCALES)
 def test_every_experiment_is_valid_at_every_scale(experiment, scale):
     module = importlib.import_module(f"configs.{experiment}")
     checked(module.get_config(scale) if scale else module.get_config())
     assert f"python main.py --config=configs/{experiment}.py" in module.__doc__
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
-@pytest.mark.parametrize("scale", common.SCALES)
+@pytest.mark.parametrize("experiment, scale", SCALES)
 def test_every_field_stands_in_every_experiment(experiment, scale):
     config = get_config(experiment, scale)
     model = {f"model.{name}" for name in model_fields()[config.model.name]} | {"model.name"}
@@ -79,6 +79,24 @@ def test_every_field_stands_in_every_experiment(experiment, scale):
         ("model.content_init", "mimetic", "content_init is mimetic, which the quadratic encoding ignores; set it to"),
         ("model.heads", (9, 4), r"heads is \(9, 4\), but config.model.layers is 6"),
         ("model.layer", ("attention",) * 7, "but config.model.layers is 6; give one for each layer, or one for all"),
+        ("label_smoothing", 1.0, "label_smoothing is 1.0; it must be a number from 0 to below 1"),
+        ("optimizer.name", "lion", "one of sgd, adam, muon"),
+        (
+            "model.merge_before",
+            (0,),
+            r"merge_before is \(0,\); it must be increasing numbers of layers, counted from 0",
+        ),
+        (
+            "model.merge_before",
+            (2, 6),
+            r"merge_before is \(2, 6\), but config.model.layers is 6, and layers are counted",
+        ),
+        ("model.merge_before", (1, 2, 3, 4, 5), r"but the 16x16 grid does not halve 5 times; leave some out"),
+        (
+            "model.hidden_size",
+            (8, 8, 16, 16, 16, 16),
+            "changes before layer 2, counted from 0; it can only",
+        ),
         ("model.layer", "recurrence", "it must be one of attention, convolution"),
         ("model.name", "vgg", "one of attention, resnet18"),
         ("model.classes", 100, "cifar10 has 10 classes"),
@@ -182,8 +200,27 @@ def test_the_check_leaves_the_config_that_it_is_given_as_it_was():
 
 
 def test_an_unknown_scale_is_named_with_the_choices():
-    with pytest.raises(UserError, match="unknown scale 'large'.*:small.*:digits"):
+    with pytest.raises(UserError, match="unknown scale 'large'.*:small.*:pyramid.*:digits"):
         quadratic.get_config("large")
+    with pytest.raises(UserError, match="unknown scale 'pyramid'; the scales are: none .*:small.*:digits"):
+        resnet18.get_config("pyramid")
+
+
+@pytest.mark.parametrize("scale", common.SCALES)
+def test_the_twin_of_quadratic_differs_in_its_layers_alone(scale):
+    ours, theirs = quadratic.get_config(scale), convolution.get_config(scale)
+    assert workdir_lib.differences(ours, theirs) == ["model.layer: 'convolution' then, 'attention' now"]
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_the_papers_run_has_the_papers_optimizer_and_no_label_smoothing_and_no_grid_that_halves(experiment):
+    config, tuned = get_config(experiment), experiment == "quadratic_pruned"
+    assert config.epochs == (100 if tuned else 300)
+    assert (config.batch_size, config.label_smoothing) == (100, 0.0)
+    optimizer = config.optimizer
+    assert (optimizer.name, optimizer.momentum, optimizer.weight_decay) == ("sgd", 0.9, 1e-4)
+    assert optimizer.learning_rate == (0.01 if tuned else 0.1)
+    assert config.model.get("merge_before", ()) == ()
 
 
 def workdir_of(values, tmp_path):
@@ -204,9 +241,9 @@ def test_a_config_survives_its_file(experiment, tmp_path):
 def test_a_run_from_before_some_fields_existed_did_what_their_defaults_say(tmp_path):
     config = quadratic.get_config()
     values = config.to_dict()
-    for name in ("condition_penalty", "init_from", "init_except"):
+    for name in ("label_smoothing", "condition_penalty", "init_from", "init_except"):
         del values[name]
-    for name in ("layer", "kernel_size", "attention_dropout_on", "init", "init_spread"):
+    for name in ("merge_before", "layer", "kernel_size", "attention_dropout_on", "init", "init_spread"):
         del values["model"][name]
     assert workdir_lib.differences(load_config(workdir_of(values, tmp_path)), config) == []
 

@@ -38,7 +38,12 @@ WRONG = {
     "negative tuple": (-1, 2, 3),
     "long tuple": tuple(range(1, 50)),
 }
-ONE_OR_EACH = {"model.heads", "model.layer"}  # the fields that may be a tuple beside what they are
+ONE_OR_EACH = {
+    "model.heads",
+    "model.layer",
+    "model.hidden_size",
+    "model.mlp_size",
+}  # the fields that may be a tuple beside what they are
 TINY = {
     "batch_size": 4,
     "model.layers": 1,
@@ -54,6 +59,7 @@ TRACED = [  # what passes the check and may change shapes
     ("quadratic", "model.heads", "zero"),
     ("quadratic", "model.hidden_size", "large"),
     ("quadratic", "model.mlp_size", "large"),
+    ("quadratic", "label_smoothing", "fraction"),
     ("quadratic", "optimizer.warmup", "zero"),
     ("quadratic", "optimizer.warmup", "fraction"),
     ("quadratic_generalized", "model.heads", "zero"),
@@ -139,7 +145,7 @@ def test_a_value_that_passes_makes_a_training_step_or_is_too_large(experiment, f
         assert (after, loss.shape) == (before, ())
 
 
-DEFAULTS = {"condition_penalty", "init_from", "init_except", "micro_batch_size"}
+DEFAULTS = {"label_smoothing", "condition_penalty", "init_from", "init_except", "micro_batch_size"}
 DEFAULTS |= {"degenerate_heads", "freeze", "checkpoint.history_epochs"}
 DEFAULTS |= {
     f"data.{name}" for name in ("train_split", "test_split", "image_size", "train_fraction", "validation_fraction")
@@ -147,6 +153,7 @@ DEFAULTS |= {
 DEFAULTS |= {
     f"model.{name}"
     for name in (
+        "merge_before",
         "layer",
         "kernel_size",
         "attention_dropout_on",

@@ -18,7 +18,15 @@ from attn_cnn.attention import attention_maps
 from attn_cnn.encodings import ENCODINGS, LearnedEncoding
 from attn_cnn.errors import UserError
 from attn_cnn.layers import LinearMap
-from attn_cnn.model import EncoderLayer, abstract_variables, create_model, has_penalty, patches
+from attn_cnn.model import (
+    EncoderLayer,
+    abstract_variables,
+    checked_model,
+    create_model,
+    grids,
+    has_penalty,
+    patches,
+)
 from configs import gated, learned, quadratic, resnet18
 
 LEARNED = [name for name, encoding in ENCODINGS.items() if issubclass(encoding, LearnedEncoding)]
@@ -163,6 +171,38 @@ def test_a_layer_can_be_a_convolution(layer):
     else:
         with pytest.raises(UserError, match="no attention layers"):
             jax.eval_shape(functools.partial(attention_maps, model), params, images)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_a_grid_that_halves_gives_each_layer_its_own_grid_and_size(encoding):
+    config = small_model(encoding, layers=3, hidden_size=(12, 16, 16), mlp_size=(8, 20, 8), merge_before=(1,))
+    images, model = Golden("quadratic").images, create_model(config)
+    assert grids(checked_model(config)) == [(6, 6), (3, 3), (3, 3)]
+    params = abstract_variables(config)["params"]
+    assert params["merge_1"]["kernel"].shape == (4 * 12, 16)
+    assert [params[f"layer_{i}"]["mlp_in"]["kernel"].shape for i in range(3)] == [(12, 8), (16, 20), (16, 8)]
+    assert params["classifier"]["kernel"].shape == (16, 10)
+    maps = jax.eval_shape(functools.partial(attention_maps, model), params, images)
+    assert [m.shape[1:] for m in maps] == [(9, 6, 6, 6, 6), (9, 3, 3, 3, 3), (9, 3, 3, 3, 3)]
+    assert jax.eval_shape(model.apply, {"params": params}, images).shape == (2, 10)
+
+
+@pytest.mark.slow
+def test_a_grid_halves_by_a_convolution_of_stride_2():
+    images, model = Golden("quadratic").images, create_model(small_model("quadratic", layers=2, merge_before=(1,)))
+    params = jax.jit(model.init)(jax.random.key(0), images)["params"]
+    _, collected = model.apply({"params": params}, images, capture_intermediates=True)
+    before, after = (collected["intermediates"][name]["__call__"][0] for name in ("layer_0", "merge_1"))
+    kernel = params["merge_1"]["kernel"].reshape(2, 2, 12, 12)
+    strided = jax.lax.conv_general_dilated(before, kernel, (2, 2), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    assert_close(after, strided + params["merge_1"]["bias"])
+
+
+def test_tables_are_shared_by_layers_of_one_size_only():
+    sizes = {"hidden_size": (12, 16), "merge_before": (1,)}
+    with pytest.raises(UserError, match="layers of several sizes .* share no tables; set it to False"):
+        create_model(small_model("learned", share_tables=True, **sizes))
+    create_model(small_model("learned", share_tables=True, merge_before=(1,)))
 
 
 @pytest.mark.slow

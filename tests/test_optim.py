@@ -1,11 +1,14 @@
-"""Learning rates and weight decay are the paper's."""
+"""Learning rates and weight decay are the paper's; Muon takes each kernel for the matrix that it is."""
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import traverse_util
+from golden import small_model
 
 from attn_cnn import model
 from attn_cnn.errors import UserError
@@ -79,3 +82,42 @@ def test_adam_moves_by_the_learning_rate():
     config.name = "adam"
     after = update(config, {"kernel": jnp.array(2.0)}, {"kernel": jnp.array(123.0)})
     assert after["kernel"] == pytest.approx(1.5, rel=1e-5)
+
+
+def test_muon_takes_each_kernel_for_the_matrix_from_all_its_inputs_to_all_its_outputs():
+    model_config = small_model("learned_content", layer=("attention", "convolution"))
+    axes = traverse_util.flatten_dict(optim.kernel_axes(model.abstract_variables(model_config)["params"]), sep="/")
+    of_attention = "layer_0/attention"
+    assert axes[f"{of_attention}/value/kernel"] == ((0, 1), (2,))  # heads and their features to features
+    assert axes[f"{of_attention}/query/kernel"] == axes[f"{of_attention}/key/kernel"] == ((0,), (1, 2))
+    assert axes["layer_1/convolution/convolution/kernel"] == ((0, 1, 2), (3,))
+    assert axes["layer_1/mlp_in/kernel"] == axes["classifier/kernel"] == ((0,), (1,))
+    others = {name for name, kernel_axes in axes.items() if kernel_axes is None}
+    assert (
+        others == {name for name in axes if not name.endswith("/kernel")} and f"{of_attention}/row_embeddings" in others
+    )
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (3, 2, 5), (3, 3, 2, 20)])
+def test_muon_moves_a_kernel_along_a_matrix_with_orthogonal_rows_or_columns(shape):
+    config = quadratic.get_config().optimizer
+    config.name, config.weight_decay = "muon", 0.0
+    gradient = jax.random.normal(jax.random.key(0), shape)
+    moved = update(config, {"layer": {"kernel": jnp.zeros(shape)}}, {"layer": {"kernel": gradient}})["layer"]["kernel"]
+    matrix = np.asarray(moved).reshape(-1, shape[-1]) / (
+        0.5 * optim.MUON_RMS * max(np.prod(shape[:-1]), shape[-1]) ** 0.5
+    )
+    singular = np.linalg.svd(matrix, compute_uv=False)
+    assert np.all((singular > 0.6) & (singular < 1.3))  # Muon's iteration comes no closer to 1
+    assert np.vdot(moved, gradient) < 0
+
+
+def test_muon_decays_kernels_alone_and_moves_all_else_as_adam_does():
+    config = quadratic.get_config().optimizer
+    config.name, config.weight_decay = "muon", 0.1
+    params = {"layer": {"kernel": jnp.eye(3), "bias": jnp.array(2.0), "centers": jnp.array(2.0)}}
+    still = update(config, params, jax.tree.map(jnp.zeros_like, params))["layer"]
+    np.testing.assert_allclose(still["kernel"], (1 - 0.5 * 0.1) * np.eye(3), atol=1e-6)
+    assert still["bias"] == still["centers"] == 2
+    moved = update(config, params, jax.tree.map(jnp.ones_like, params))["layer"]
+    assert 1 < moved["bias"] < 2 and moved["centers"] == moved["bias"]

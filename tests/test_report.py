@@ -18,6 +18,7 @@ TABLE = {  # parameters, and the paper's FLOPs where it gives them
     "learned_content": (29_484_282, "15B"),
     "learned_content_position": (29_601_882, None),
     "gated": (29_410_098, None),
+    "convolution": (12_086_682, None),
     "resnet18": (11_173_962, "1.1B"),
 }
 
@@ -30,6 +31,14 @@ def test_parameters_and_flops(experiment):
     assert report.count_parameters(abstract_variables(model)["params"]) == parameters
     assert flops in (None, report.si(counted))
     assert f"{parameters / 1e6:.1f}M parameters, {counted / 1e9:.2g} GFLOPs an image" in module.__doc__
+
+
+def test_flops_count_the_pixels_of_each_layers_own_grid():
+    model = quadratic.get_config("digits").model
+    model.update(layers=2, hidden_size=(8, 16), mlp_size=(8, 32), heads=4, merge_before=(1,), patch=2)
+    embedding, merge, classifier = 16 * 4 * 8, 4 * 32 * 16, 16 * 10
+    first, second = (pixels * (4 * d * d + d * d + 2 * d * m) for pixels, d, m in ((16, 8, 8), (4, 16, 32)))
+    assert report.paper_flops(model) == 2 * (embedding + first + merge + second + classifier)
 
 
 @pytest.fixture

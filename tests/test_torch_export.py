@@ -69,3 +69,10 @@ def test_each_kind_of_file_holds_it(suffix, tmp_path):
 def test_an_ending_that_is_none_of_them_is_named(tmp_path):
     with pytest.raises(UserError, match=r"model.onnx must end in one of .pt, .safetensors, .npz"):
         export_run(run_of(quadratic.get_config("digits")), epath.Path(tmp_path) / "model.onnx")
+
+
+def test_a_grid_that_halves_is_not_in_the_papers_code():
+    config = quadratic.get_config("digits")
+    config.model.merge_before = (1,)
+    with pytest.raises(UserError, match="no grid that halves; set config.model.merge_before to"):
+        export_run(run_of(config), epath.Path("model.npz"))

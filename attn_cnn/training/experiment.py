@@ -36,6 +36,7 @@ FIELDS = {
     "log_every_steps": schema.integer(1, 1_000_000),
     "dtype": schema.choice("float32", "bfloat16"),
     "matmul_precision": schema.choice("default", "high", "highest"),
+    "label_smoothing": schema.number(0, 1, below=True, default=0.0),
     "condition_penalty": schema.number(0, 1e6, default=0.0),
     "init_from": schema.text(default=""),
     "init_except": schema.tuple_of(

@@ -1,4 +1,8 @@
-"""The paper's optimizers and learning rates (its appendix): SGD or Adam, cosine with warm-up or steps."""
+"""Optimizers and learning rates: the paper's (its appendix), SGD or Adam with cosine and warm-up or steps, and Muon.
+
+Muon (K. Jordan et al., 2024, https://kellerjordan.github.io/posts/muon) replaces the momentum of every kernel by the
+nearest matrix with orthogonal rows or columns; all other parameters take Adam's steps.
+"""
 
 from collections.abc import Collection
 
@@ -11,9 +15,10 @@ from attn_cnn import schema
 from attn_cnn.errors import UserError
 
 STEP_FACTOR = 0.1
+MUON_RMS = 0.2  # of an update over the learning rate, as Adam's: one learning rate fits both (Liu et al. 2025)
 
 FIELDS = {
-    "name": schema.choice("sgd", "adam"),
+    "name": schema.choice("sgd", "adam", "muon"),
     "learning_rate": schema.number(0, 1000),
     "momentum": schema.number(0, 1, below=True),
     "weight_decay": schema.number(0, 1),
@@ -67,22 +72,56 @@ def create_optimizer(
     undecayed: Collection[str] = (),
     frozen: dict | None = None,
 ) -> optax.GradientTransformation:
-    """Returns SGD with momentum, or Adam with it as beta_1, both with weight decay: plain L2 added to the gradient.
+    """Returns SGD with momentum, Adam with it as beta_1, or Muon with it as its own momentum and Adam's beta_1.
 
-    It spares the parameters called one of `undecayed`: pulling a head's position to the query pixel regularises
-    nothing. Where `frozen`, a mask for each parameter, is True, the parameter stays as it is to the last bit.
+    Weight decay of SGD and Adam is plain L2 added to the gradient. It spares the parameters called one of `undecayed`:
+    pulling a head's position to the query pixel regularises nothing. Muon, whose steps do not depend on the gradient's
+    size, shrinks the kernels themselves, by learning rate times weight decay. Where `frozen`, a mask for each
+    parameter, is True, the parameter stays as it is to the last bit.
     """
+
+    descent = _descent(optimizer, schedule, undecayed)
+    if frozen is None:
+        return descent
+    held = optax.stateless(lambda updates, _: jax.tree.map(lambda mask, u: jnp.where(mask, 0, u), frozen, updates))
+    return optax.chain(descent, held)
+
+
+def _descent(
+    optimizer: ml_collections.ConfigDict, schedule: optax.ScalarOrSchedule, undecayed: Collection[str]
+) -> optax.GradientTransformation:
+    if optimizer.name == "muon":
+        return optax.contrib.muon(
+            schedule,
+            beta=optimizer.momentum,
+            weight_decay=optimizer.weight_decay,
+            adam_b1=optimizer.momentum,
+            muon_weight_dimension_numbers=kernel_axes,
+            consistent_rms=MUON_RMS,
+        )
 
     def decayed(params):
         return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in undecayed, params)
 
     moments = optax.trace(optimizer.momentum) if optimizer.name == "sgd" else optax.scale_by_adam(b1=optimizer.momentum)
-    descent = optax.chain(
+    return optax.chain(
         optax.add_decayed_weights(optimizer.weight_decay, mask=decayed),
         moments,
         optax.scale_by_learning_rate(schedule),
     )
-    if frozen is None:
-        return descent
-    held = optax.stateless(lambda updates, _: jax.tree.map(lambda mask, u: jnp.where(mask, 0, u), frozen, updates))
-    return optax.chain(descent, held)
+
+
+def kernel_axes(params: dict) -> dict:
+    """Returns, in a tree like `params`, which axes of each kernel are inputs and which outputs; None for other arrays.
+
+    Together they make the kernel the matrix that Muon takes it for: a value map has all heads' features as inputs, a
+    map to queries or keys has them as outputs.
+    """
+
+    def axes(path, array):
+        if path[-1].key != "kernel":
+            return None
+        inputs = 1 if path[-2].key in ("query", "key") else array.ndim - 1
+        return optax.contrib.MuonDimensionNumbers(tuple(range(inputs)), tuple(range(inputs, array.ndim)))
+
+    return jax.tree_util.tree_map_with_path(axes, params)

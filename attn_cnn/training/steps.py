@@ -137,7 +137,8 @@ def training_loss(
         rngs={"dropout": key},
         **({"counts": counts} if batch_stats else {}),
     )
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), experiment.config.label_smoothing)
+    losses = optax.softmax_cross_entropy(logits, targets)
     loss = jnp.sum(losses, where=counts) / batch_size
     if weight:
         loss += weight * jnp.concatenate(jax.tree.leaves(new["losses"])).mean() / parts  # over heads of all layers
