@@ -53,10 +53,11 @@ class Factors(struct.PyTreeNode):
 
     Where the factors are the same for all queries of a row, and of a column, that axis has size 1, and mixing costs
     O(H + W) for each pixel instead of O(H W). Where they differ from query to query, mixing multiplies them first.
+    Those that do not may be the factors of some of the grid's rows and columns of queries alone.
     """
 
-    row: Array  # heads H #W H
-    column: Array  # heads #H W W
+    row: Array  # heads H #W H: query row, query column, key row
+    column: Array  # heads #H W W: query row, query column, key column
 
     def drop(self, keys: Key[Array, "heads"], rate: float) -> "Factors":
         """Drops entries of both factors, so that each of their products is dropped with probability `rate`.
@@ -67,16 +68,16 @@ class Factors(struct.PyTreeNode):
         each = 1 - (1 - rate) ** 0.5
         return Factors(drop(row_keys, each, self.row), drop(column_keys, each, self.column))
 
-    def mix(self, x: Float[Array, "H W features"]) -> Float[Array, "heads H W features"]:
+    def mix(self, x: Float[Array, "H W features"]) -> Float[Array, "heads queryH queryW features"]:
         """Returns (R_h (x) C_h) x = C_h (R_h x), one grid axis at a time, in the type of x."""
         if self.row.shape[2] > 1 or self.column.shape[1] > 1:  # they differ from query to query
             return self.whole().mix(x)
         height, width, features = x.shape
-        heads = len(self.row)
         row, column = self.row[:, :, 0].astype(x.dtype), self.column[:, 0].astype(x.dtype)
+        heads, queries, _ = row.shape
         rows = (row.reshape(-1, height) @ x.reshape(height, -1)).reshape(-1, width, features)
-        column = jnp.broadcast_to(column[:, None], (heads, height, width, width)).reshape(-1, width, width)
-        return jnp.einsum("njl,nld->njd", column, rows).reshape(heads, height, width, features)
+        column = jnp.broadcast_to(column[:, None], (heads, queries, *column.shape[1:])).reshape(-1, *column.shape[1:])
+        return jnp.einsum("njl,nld->njd", column, rows).reshape(heads, queries, -1, features)
 
     def whole(self) -> Whole:
         """Multiplies the factors."""
@@ -216,7 +217,7 @@ def attend_in_blocks(
     kernel: Float[Array, "heads features out"],
     blocks: Blocks,
     needs_x: bool,
-) -> Float[Array, "batch H W out"]:
+) -> Float[Array, "batch queryH queryW out"]:
     """Returns sum_h A_h x W_h in float32, of `blocks` at a time, with products in the type of x.
 
     Args:
@@ -238,22 +239,22 @@ def attend_in_blocks(
 
 def _of_images(heads: Heads, x: Array, kernel: Array, blocks: Blocks) -> Array:
     """Computes the sum over `heads` for one block of images after another."""
-    batch, height, width, _ = x.shape
 
     def of_image(numbered):
         image, index = numbered
 
         def of_group(group):
             heads, kernel = group
-            mixed = jnp.moveaxis(heads.probabilities(image, index).mix(image), 0, 2).reshape(height * width, -1)
+            mixed = jnp.moveaxis(heads.probabilities(image, index).mix(image), 0, 2)
+            height, width, *_ = mixed.shape
+            mixed = mixed.reshape(height * width, -1)
             # Cast here, so that the gradient is summed over blocks of images in float32, as it is over groups.
             kernel = kernel.reshape(mixed.shape[1], -1).astype(x.dtype)
-            return (mixed @ kernel).astype(jnp.float32)
+            return (mixed @ kernel).astype(jnp.float32).reshape(height, width, -1)
 
         return sum_over_groups(of_group, (heads, kernel), blocks.heads)
 
-    y = jax.lax.map(of_image, (x, jnp.arange(batch)), batch_size=blocks.images if blocks.images > 1 else None)
-    return y.reshape(batch, height, width, -1)
+    return jax.lax.map(of_image, (x, jnp.arange(x.shape[0])), batch_size=blocks.images if blocks.images > 1 else None)
 
 
 def sum_over_groups(of_group: Callable[[Any], Array], heads: Any, size: int) -> Array:

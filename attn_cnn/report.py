@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import ml_collections
 from clu import parameter_overview
 
+from attn_cnn.attention import ConvolutionalAttention
 from attn_cnn.layers import Linear
 from attn_cnn.mixing import UNBOUNDED
 from attn_cnn.model import abstract_variables, create_model
@@ -31,7 +32,11 @@ def paper_flops(model: ml_collections.ConfigDict) -> int:
         if isinstance(context.module, (nn.Dense, nn.Conv)):
             kernel = context.module.variables["params"]["kernel"]
             total += 2 * math.prod(out.shape) * math.prod(kernel.shape) // context.module.features
-        elif isinstance(context.module, Linear):  # of a layer, for every pixel of its grid
+        elif isinstance(context.module, ConvolutionalAttention):
+            kernel = context.module.variables["params"]["value"]["kernel"]
+            total += 2 * math.prod(out.shape) * math.prod(kernel.shape) // context.module.features
+        elif isinstance(context.module, Linear) and not isinstance(context.module.parent, ConvolutionalAttention):
+            # of a layer, for every pixel of its grid
             height, width, _ = model.image_shape
             total += 2 * (height // model.patch) * (width // model.patch) * math.prod(out.kernel.shape)
         return out

@@ -1,0 +1,37 @@
+"""A run's network on test images, as it is or with some of its calls answered by others."""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+
+from attn_cnn.training import augment
+from attn_cnn.training.experiment import Run
+
+Interceptor = Callable[..., Any]  # as flax.linen.intercept_methods takes it
+
+
+def network(run: Run, images: UInt8[np.ndarray, "batch height width channels"], interceptor: Interceptor | None = None):
+    """Returns the logits of pictures, (batch, classes), with calls to the network's modules going by `interceptor`."""
+    variables = {"params": run.params, "batch_stats": run.batch_stats}
+    with nn.intercept_methods(interceptor) if interceptor else contextlib.nullcontext():
+        return run.model.apply(variables, augment.normalize(images, run.mean, run.std), train=False)
+
+
+def logits(
+    run: Run, images: UInt8[np.ndarray, "images height width channels"], interceptor: Interceptor | None = None
+) -> Float[np.ndarray, "images classes"]:
+    """Returns the logits of all `images`, computed in batches of config.eval_batch_size."""
+    size = run.config.eval_batch_size
+    with jax.default_matmul_precision(run.config.matmul_precision):
+        of_batch = jax.jit(lambda batch: network(run, batch, interceptor))
+        return np.concatenate([of_batch(images[start : start + size]) for start in range(0, len(images), size)])
+
+
+def accuracy(logits: Float[np.ndarray, "images classes"], labels: Int[np.ndarray, "images"]) -> float:
+    """Returns the share of images whose largest logit is that of their label."""
+    return float((logits.argmax(-1) == labels).mean())
