@@ -32,7 +32,7 @@ def paper_flops(model: ml_collections.ConfigDict) -> int:
         if isinstance(context.module, (nn.Dense, nn.Conv)):
             kernel = context.module.variables["params"]["kernel"]
             total += 2 * math.prod(out.shape) * math.prod(kernel.shape) // context.module.features
-        elif isinstance(context.module, ConvolutionalAttention):
+        elif isinstance(context.module, ConvolutionalAttention) and context.method_name == "__call__":
             kernel = context.module.variables["params"]["value"]["kernel"]
             total += 2 * math.prod(out.shape) * math.prod(kernel.shape) // context.module.features
         elif isinstance(context.module, Linear) and not isinstance(context.module.parent, ConvolutionalAttention):

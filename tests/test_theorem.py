@@ -1,4 +1,4 @@
-"""The theorem both ways: a convolution is an attention layer, and a position-only layer a convolution, within bounds."""
+"""The theorem both ways: a convolution is an attention layer, and a position-only layer a convolution."""
 
 import functools
 import re

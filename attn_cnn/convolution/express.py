@@ -18,12 +18,11 @@ from etils import epath
 from jaxtyping import Array, Float, UInt8
 
 from attn_cnn.attention import ConvolutionalAttention
-from attn_cnn.convolution.testing import accuracy, logits, network
+from attn_cnn.convolution.evaluation import accuracy, evaluation_data, logits, network
 from attn_cnn.convolution.theorem import attention_from_convolution
 from attn_cnn.errors import UserError
 from attn_cnn.model import create_model
 from attn_cnn.report import count_parameters
-from attn_cnn.training import data
 from attn_cnn.training import workdir as workdir_lib
 from attn_cnn.training.experiment import Run, create_experiment, load_run, state_of
 
@@ -154,7 +153,7 @@ def express(workdir: epath.PathLike, out: epath.PathLike, spread: float, step: i
     run, out = load_run(workdir, step), workdir_lib.open_workdir(out)
     workdir_lib.check_new(out)
     ours = express_run(run, spread)
-    test = data.load(run.config.data.name, run.config.data.dir)
+    test = evaluation_data(run)
     seconds, both = [], []
     for side in (run, ours):
         begin = time.perf_counter()
@@ -162,8 +161,8 @@ def express(workdir: epath.PathLike, out: epath.PathLike, spread: float, step: i
         seconds.append(time.perf_counter() - begin)
     accuracies = tuple(accuracy(side, test.test_labels) for side in both)
     variables = {"params": ours.params, "batch_stats": ours.batch_stats}
-    state = state_of(create_experiment(ours.config), variables, run.step)
-    workdir_lib.create(out, ours.config, state, {"test_accuracy": accuracies[1]})
+    state = state_of(create_experiment(ours.config, run.spec), variables, run.step)
+    workdir_lib.create(out, ours.config, run.spec, state, {"test_accuracy": accuracies[1]})
     return Expressed(
         layers=compare_layers(run, spread, test.test_images),
         logits=float(np.abs(both[0] - both[1]).max()),

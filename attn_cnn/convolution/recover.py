@@ -19,20 +19,21 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from etils import epath
-from jaxtyping import Float, UInt8
+from jaxtyping import Array, Float, UInt8
 
 from attn_cnn import attention
 from attn_cnn.convolution import kernels as kernels_lib
 from attn_cnn.convolution import replace
+from attn_cnn.convolution.evaluation import accuracy, evaluation_data, logits
 from attn_cnn.convolution.kernels import Average, Window
 from attn_cnn.convolution.replace import TUNED_SIDE, Cut
-from attn_cnn.convolution.testing import accuracy, logits
 from attn_cnn.convolution.theorem import kernels_by_shift, outside, position_encoding
 from attn_cnn.encodings import encoding_class
 from attn_cnn.errors import UserError
 from attn_cnn.maps import Maps
 from attn_cnn.model import kinds_and_heads
-from attn_cnn.training import augment, data
+from attn_cnn.training import augment
+from attn_cnn.training.dataset import Dataset
 from attn_cnn.training.experiment import Run
 
 SIDES = (1, 3, 5, 7)
@@ -58,11 +59,11 @@ class Layer(NamedTuple):
         return Cut(window, kernels_lib.cut_kernel(self.kernels, self.value, window))
 
 
-def averages(batches: Iterable[list[np.ndarray]]) -> list[Average]:
+def averages(batches: Iterable[list[Array]]) -> list[Average]:
     """Returns the average maps of each layer over batches of images."""
     total = None
     for maps in batches:
-        batch = list(map(Average.of, maps))
+        batch = [Average.of(np.asarray(layer)) for layer in maps]
         total = [a.with_more(b) for a, b in zip(total, batch, strict=True)] if total else batch
     return total
 
@@ -159,16 +160,16 @@ def recover(run: Run, images: int, tune: epath.Path | None = None) -> Report:
     Raises:
       UserError: the run has no attention layers.
     """
-    test = data.load(run.config.data.name, run.config.data.dir)
-    some, params = test.test_images[:images], jax.tree.map(np.asarray, run.params)
+    test = evaluation_data(run)
+    some = test.test_images[:images]
     maps = maps_of_run(run, some)
     layers, cuts = [report_of_layer(*of_layer) for of_layer in maps.items()], {}
     for report in layers:
         number = report["layer"]
-        own = layer_params(params, number)
+        own = layer_params(run.params, number)
         if not encoding_class(run.config.model.encoding).needs_x:
             add_parameters(report, own)
-        layer = Layer(report["kernels"], own["value"]["kernel"])
+        layer = Layer(report["kernels"], np.asarray(own["value"]["kernel"]))
         report["energy"] = layer.energy()
         cuts[number] = windows_of(layer)
         around = Window(-(TUNED_SIDE // 2), -(TUNED_SIDE // 2), TUNED_SIDE)
@@ -184,7 +185,7 @@ def recover(run: Run, images: int, tune: epath.Path | None = None) -> Report:
     return {"step": run.step, "config": run.config.to_dict(), "layers": layers, "accuracy": replaced}
 
 
-def accuracies(run: Run, test: data.Dataset, cuts: dict[int, list[Cut]]) -> Report:
+def accuracies(run: Run, test: Dataset, cuts: dict[int, list[Cut]]) -> Report:
     """Returns the test accuracy of the network as it is, and with layers replaced, by the side of the windows."""
 
     def measured(replaced: dict[int, Cut]) -> float:
@@ -201,7 +202,7 @@ def accuracies(run: Run, test: data.Dataset, cuts: dict[int, list[Cut]]) -> Repo
     return result
 
 
-def tuned_accuracies(run: Run, test: data.Dataset, around: dict[int, Cut | None], folder: epath.Path) -> Report:
+def tuned_accuracies(run: Run, test: Dataset, around: dict[int, Cut | None], folder: epath.Path) -> Report:
     """Returns the test accuracy after an epoch of training with one layer replaced alone, and with all of them."""
     having = {number: cut for number, cut in around.items() if cut is not None}
 

@@ -18,8 +18,8 @@ from jaxtyping import Array, Float, UInt8
 
 from attn_cnn import schema, train
 from attn_cnn.attention import SelfAttention
+from attn_cnn.convolution.evaluation import Interceptor, network
 from attn_cnn.convolution.kernels import Window
-from attn_cnn.convolution.testing import Interceptor, network
 from attn_cnn.training import workdir as workdir_lib
 from attn_cnn.training.experiment import Run, create_experiment, load_run, state_of
 
@@ -151,8 +151,9 @@ def tuned_run(run: Run, cuts: Mapping[int, Cut], out: epath.Path) -> Run:
     config = replaced_config(run.config, set(cuts))
     start, tuned = out / "start", out / "tuned"
     if not (start / workdir_lib.CONFIG).exists():
-        state = state_of(create_experiment(config), {"params": replaced_params(run.params, cuts)})
-        workdir_lib.create(start, config, state)
+        experiment = create_experiment(config, run.spec)
+        state = state_of(experiment, {"params": replaced_params(run.params, cuts)})
+        workdir_lib.create(start, config, run.spec, state)
     config.init_from = str(start)
     train.train(config, tuned)
     return load_run(tuned)

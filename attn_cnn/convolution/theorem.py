@@ -23,8 +23,8 @@ EXACT_SPREAD = 16.0  # from s^2 of about 207, exp(-s^2 / 2) is 0 in float32 and 
 
 
 def attention_from_convolution(
-    kernel_hwio: Float[Array, "rows columns inputs outputs"] | Float[np.ndarray, "rows columns inputs outputs"],
-    bias: Float[Array, "outputs"] | Float[np.ndarray, "outputs"] | None = None,
+    kernel_hwio: Float[Array | np.ndarray, "rows columns inputs outputs"],
+    bias: Float[Array | np.ndarray, "outputs"] | None = None,
     *,
     spread: float,
     stride: int = 1,
@@ -82,7 +82,9 @@ def probability_off_target(spread: float) -> float:
     return float(-np.expm1(-2 * np.log1p(beside)))
 
 
-def error_bound(kernel_hwio: Float[Array, "rows columns inputs outputs"], spread: float, largest: float) -> float:
+def error_bound(
+    kernel_hwio: Float[Array | np.ndarray, "rows columns inputs outputs"], spread: float, largest: float
+) -> float:
     """Returns the most by which any output of the attention layer can differ from that of the convolution.
 
     A head moves at most epsilon(s), its `probability_off_target`, from its target to other pixels, so each of them

@@ -7,16 +7,19 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
-from attn_cnn.training import augment
+from attn_cnn.training import augment, data
+from attn_cnn.training.dataset import Dataset
 from attn_cnn.training.experiment import Run
 
 Interceptor = Callable[..., Any]  # as flax.linen.intercept_methods takes it
 
 
-def network(run: Run, images: UInt8[np.ndarray, "batch height width channels"], interceptor: Interceptor | None = None):
-    """Returns the logits of pictures, (batch, classes), with calls to the network's modules going by `interceptor`."""
+def network(
+    run: Run, images: UInt8[Array | np.ndarray, "batch height width channels"], interceptor: Interceptor | None = None
+) -> Float[Array, "batch classes"]:
+    """Returns the logits of pictures, with calls to the network's modules going by `interceptor`."""
     variables = {"params": run.params, "batch_stats": run.batch_stats}
     with nn.intercept_methods(interceptor) if interceptor else contextlib.nullcontext():
         return run.model.apply(variables, augment.normalize(images, run.mean, run.std), train=False)
@@ -30,6 +33,13 @@ def logits(
     with jax.default_matmul_precision(run.config.matmul_precision):
         of_batch = jax.jit(lambda batch: network(run, batch, interceptor))
         return np.concatenate([of_batch(images[start : start + size]) for start in range(0, len(images), size)])
+
+
+def evaluation_data(run: Run) -> Dataset:
+    """Returns the run's data with its test set, also where the run was evaluated on a part that it held out."""
+    config = run.config.data.copy_and_resolve_references()
+    config.validation_fraction = 0.0
+    return data.load_part(config)
 
 
 def accuracy(logits: Float[np.ndarray, "images classes"], labels: Int[np.ndarray, "images"]) -> float:
