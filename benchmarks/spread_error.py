@@ -12,9 +12,9 @@ from etils import epath
 from attn_cnn import drawing
 from attn_cnn.attention import ConvolutionalAttention
 from attn_cnn.convolution import attention_from_convolution
-from attn_cnn.convolution.theorem import EXACT_SPREAD, error_bound
+from attn_cnn.convolution.theorem import error_bound
 
-SPREADS = np.geomspace(0.5, EXACT_SPREAD, 26)
+SPREADS = np.geomspace(0.5, 8, 22)
 GRID, CHANNELS = 16, 32
 
 

@@ -57,7 +57,7 @@ class Expressed(NamedTuple):
     logits: float  # the largest difference of any logit
     agreement: float  # share of the images that get the same class
     accuracies: tuple[float, float]  # before and after
-    seconds: tuple[float, float]  # to evaluate both
+    seconds: tuple[float, float]  # to compile and evaluate both
 
 
 def is_convolution(params: dict) -> bool:
@@ -195,7 +195,7 @@ def describe(expressed: Expressed) -> str:
             f"largest difference of a logit   {expressed.logits:.2e}",
             f"images that get the same class  {expressed.agreement:.2%}",
             f"test accuracy                   {before:.4f} as convolutions, {after:.4f} as attention",
-            "evaluation                      {:.1f} s as convolutions, {:.1f} s as attention".format(
+            "evaluation, with compilation    {:.1f} s as convolutions, {:.1f} s as attention".format(
                 *expressed.seconds
             ),
         ]
