@@ -16,11 +16,18 @@ from attn_cnn.training.experiment import Run
 Interceptor = Callable[..., Any]  # as flax.linen.intercept_methods takes it
 
 
+def variables(run: Run) -> dict:
+    """Returns what the run's network is applied to; as arguments of a compiled function it is not folded into it."""
+    return {"params": run.params, "batch_stats": run.batch_stats}
+
+
 def network(
-    run: Run, images: UInt8[Array | np.ndarray, "batch height width channels"], interceptor: Interceptor | None = None
+    run: Run,
+    variables: dict,
+    images: UInt8[Array | np.ndarray, "batch height width channels"],
+    interceptor: Interceptor | None = None,
 ) -> Float[Array, "batch classes"]:
     """Returns the logits of pictures, with calls to the network's modules going by `interceptor`."""
-    variables = {"params": run.params, "batch_stats": run.batch_stats}
     with nn.intercept_methods(interceptor) if interceptor else contextlib.nullcontext():
         return run.model.apply(variables, augment.normalize(images, run.mean, run.std), train=False)
 
@@ -31,8 +38,9 @@ def logits(
     """Returns the logits of all `images`, computed in batches of config.eval_batch_size."""
     size = run.config.eval_batch_size
     with jax.default_matmul_precision(run.config.matmul_precision):
-        of_batch = jax.jit(lambda batch: network(run, batch, interceptor))
-        return np.concatenate([of_batch(images[start : start + size]) for start in range(0, len(images), size)])
+        of_batch = jax.jit(lambda variables, batch: network(run, variables, batch, interceptor))
+        starts = range(0, len(images), size)
+        return np.concatenate([of_batch(variables(run), images[start : start + size]) for start in starts])
 
 
 def evaluation_data(run: Run) -> Dataset:

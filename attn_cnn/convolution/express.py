@@ -18,7 +18,7 @@ from etils import epath
 from jaxtyping import Array, Float, UInt8
 
 from attn_cnn.attention import ConvolutionalAttention
-from attn_cnn.convolution.evaluation import accuracy, evaluation_data, logits, network
+from attn_cnn.convolution.evaluation import accuracy, evaluation_data, logits, network, variables
 from attn_cnn.convolution.theorem import attention_from_convolution
 from attn_cnn.errors import UserError
 from attn_cnn.model import create_model
@@ -106,7 +106,7 @@ def compare_layers(run: Run, spread: float, images: UInt8[np.ndarray, "_ height 
             found.append((module.path, module.clone(parent=None), module.variables["params"], args[0]))
         return out
 
-    network(run, images[:LAYER_IMAGES], keep)
+    network(run, variables(run), images[:LAYER_IMAGES], keep)
     return [compare("/".join(path), *layer, spread) for path, *layer in found]
 
 
@@ -160,8 +160,7 @@ def express(workdir: epath.PathLike, out: epath.PathLike, spread: float, step: i
         both.append(logits(side, test.test_images))
         seconds.append(time.perf_counter() - begin)
     accuracies = tuple(accuracy(side, test.test_labels) for side in both)
-    variables = {"params": ours.params, "batch_stats": ours.batch_stats}
-    state = state_of(create_experiment(ours.config, run.spec), variables, run.step)
+    state = state_of(create_experiment(ours.config, run.spec), variables(ours), run.step)
     workdir_lib.create(out, ours.config, run.spec, state, {"test_accuracy": accuracies[1]})
     return Expressed(
         layers=compare_layers(run, spread, test.test_images),

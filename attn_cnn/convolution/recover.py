@@ -112,12 +112,12 @@ def maps_of_run(run: Run, images: UInt8[np.ndarray, "images height width channel
         raise UserError("the run has no attention layers with heads; recover reads those that do.")
     if not encoding_class(run.config.model.encoding).needs_x:
         images = images[:1]
-    maps = jax.jit(lambda batch: attention.attention_maps(run.model, run.params, batch))
+    maps = jax.jit(lambda params, batch: attention.attention_maps(run.model, params, batch))
     size = run.config.eval_batch_size
 
     def batches():
         for start in range(0, len(images), size):
-            yield maps(augment.normalize(images[start : start + size], run.mean, run.std))
+            yield maps(run.params, augment.normalize(images[start : start + size], run.mean, run.std))
 
     return dict(zip(numbers, averages(batches()), strict=True))
 

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, UInt8
 
 from attn_cnn import schema, train
 from attn_cnn.attention import SelfAttention
-from attn_cnn.convolution.evaluation import Interceptor, network
+from attn_cnn.convolution.evaluation import Interceptor, network, variables
 from attn_cnn.convolution.kernels import Window
 from attn_cnn.training import workdir as workdir_lib
 from attn_cnn.training.experiment import Run, create_experiment, load_run, state_of
@@ -96,10 +96,12 @@ def layer_errors(
 ) -> dict[int, list[Errors]]:
     """Returns, for each layer and each of its cuts, the error of its output when it is given what reaches it there."""
     size, totals = run.config.eval_batch_size, None
-    step = jax.jit(lambda batch: _squares(run, cuts, batch))
+    step = jax.jit(lambda variables, batch: _squares(run, cuts, variables, batch))
     with jax.default_matmul_precision(run.config.matmul_precision):
         for start in range(0, len(images), size):
-            squares = jax.tree.map(lambda a: np.asarray(a, np.float64), step(images[start : start + size]))
+            squares = jax.tree.map(
+                lambda a: np.asarray(a, np.float64), step(variables(run), images[start : start + size])
+            )
             totals = squares if totals is None else jax.tree.map(np.add, totals, squares)
     return {
         layer: [_errors(cut.window, *sums) for cut, sums in zip(cuts[layer], of_layer, strict=True)]
@@ -107,7 +109,9 @@ def layer_errors(
     }
 
 
-def _squares(run: Run, cuts: Mapping[int, list[Cut]], batch: Array) -> dict[int, list[tuple[Array, Array]]]:
+def _squares(
+    run: Run, cuts: Mapping[int, list[Cut]], variables: dict, batch: Array
+) -> dict[int, list[tuple[Array, Array]]]:
     """Returns the squares of the error and of the output at each query, summed over images and channels."""
     found = {}
 
@@ -123,7 +127,7 @@ def _squares(run: Run, cuts: Mapping[int, list[Cut]], batch: Array) -> dict[int,
             found[layer] = [tuple(jnp.square(a).sum((0, 3)) for a in (error, mixed)) for error in differences]
         return then(y).astype(module.dtype)
 
-    network(run, batch, call)
+    network(run, variables, batch, call)
     return found
 
 
