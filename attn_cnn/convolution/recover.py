@@ -139,7 +139,7 @@ def add_parameters(report: Report, params: dict) -> None:
         if gaussians is not None:
             head["center"] = gaussians.centers[number].tolist()
             # Of a matrix, the geometric mean of its two.
-            head["spread"] = float(np.linalg.det(gaussians.precisions[number].astype(np.float64)) ** 0.25)
+            head["spread"] = float(np.linalg.det(np.asarray(gaussians.precisions[number], np.float64)) ** 0.25)
 
 
 def windows_of(layer: Layer) -> list[tuple[Cut, float]]:

@@ -172,6 +172,8 @@ def replaced_config(config: ml_collections.ConfigDict, layers: set[int]) -> ml_c
         "model.kernel_size": TUNED_SIDE,
         "epochs": 1,
         "init_except": (),
+        "degenerate_heads": "keep",
+        "freeze": "none",
         "condition_penalty": 0.0,
         "optimizer.schedule": "cosine",
         "optimizer.decay_epochs": (),
