@@ -3,25 +3,30 @@
     y_h[q] = sum_k A_h[q, k] x[k],        output = sum_h y_h W_h + b
 
 The scores are an encoding's (`encodings.py`); the sums over keys and heads, and the forms that probabilities have, are
-in `mixing.py`. This file puts them together: parameters, dropout, the form to mix in.
+in `mixing.py`. This file puts them together: parameters, dropout, the form to mix in. `ConvolutionalAttention` is the
+layer that Theorem 1 puts in a convolution's place.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
 from attn_cnn import schema
-from attn_cnn.encodings import Encoding, encoding_class
+from attn_cnn.encodings import Encoding, Quadratic, encoding_class, window
 from attn_cnn.errors import UserError
 from attn_cnn.layers import Bias, Linear, LinearMap
-from attn_cnn.mixing import Device, Probabilities, attend_in_blocks, choose_blocks, this_device
+from attn_cnn.mixing import Device, Factors, Fixed, Probabilities, attend_in_blocks, choose_blocks, this_device
 
 FORMS = schema.choice("auto", "factored", "dense")
 DROPPED = schema.choice("probabilities", "factors", default="probabilities")
+
+Padding = str | tuple[tuple[int, int], tuple[int, int]]  # "SAME", "VALID", or ((top, bottom), (left, right))
 
 
 def check_form(encoding: type[Encoding], mixing: str, dropout: float, dropout_on: str) -> None:
@@ -190,6 +195,98 @@ class SelfAttention(nn.Module):
 def _more(batch: Any, pixels: int, rows: int) -> bool:
     """Returns whether a batch has more pixels than `rows`; one of symbolic size, as in jax.export, counts as large."""
     return jax.export.is_symbolic_dim(batch) or batch * pixels > rows
+
+
+class ConvolutionalAttention(nn.Module):
+    """One quadratic attention layer in the place of a convolution (paper, Theorem 1).
+
+    It pads the grid with zeros as `lax.conv_general_dilated` does, attends on the padded grid, and keeps the queries
+    at which the convolution has an output: it crops the others, and subsamples where there is a stride. Head h starts
+    at the h-th pixel of the kernel's window. Where the spreads make the probabilities exactly one-hot, the layer is the
+    convolution whose kernel has W_h at that pixel; `convolution.attention_from_convolution` gives such parameters.
+
+    Attributes:
+      features: channels out.
+      kernel_size: rows and columns of the window; there is a head for each of its pixels.
+      stride: step from one query to the next, in pixels.
+      dilation: step from one pixel of the window to the next, in pixels.
+      padding: zeros around the grid: "SAME", "VALID", or ((top, bottom), (left, right)).
+      spread: spread s_h that the heads start with, in 1/pixels; at the default, s^2 = 10, gradients move them.
+      dtype: type of the computation; parameters and softmax are float32.
+      device: what the layer's work is cut into blocks for; None: the device that JAX computes on.
+    """
+
+    features: int
+    kernel_size: tuple[int, int]
+    stride: int = 1
+    dilation: int = 1
+    padding: Padding = "SAME"
+    spread: float = 10**0.5
+    dtype: Any = jnp.float32
+    device: Device | None = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch H W channels"]) -> Float[Array, "batch H2 W2 features"]:
+        """Returns the grid of those queries that the convolution has outputs for.
+
+        Raises:
+          UserError: there is no such convolution, or the padded grid is smaller than its window.
+        """
+        check_window(self.kernel_size, self.stride, self.dilation, self.padding)
+        padded = self._pad(x.astype(self.dtype))
+        number, channels = math.prod(self.kernel_size), x.shape[-1]
+        starts = self.dilation * window(*self.kernel_size)
+        heads = Quadratic(
+            self.param("centers", lambda key: jnp.asarray(starts, jnp.float32)),
+            self.param("spreads", nn.initializers.constant(self.spread), (number,)),
+        )
+        value = Linear((number, channels, self.features), (self.features,), number * channels, name="value")()
+        A = heads.probabilities(padded[0])
+        rows, columns = self._queries(*padded.shape[1:3])
+        kept = Fixed(Factors(A.row[:, rows], A.column[:, :, columns]))
+        pixels, device = math.prod(padded.shape[1:3]), self.device or this_device()
+        blocks = choose_blocks(x.shape[0], number, pixels, channels, needs_x=False, whole=False, device=device)
+        y = attend_in_blocks(kept, padded, value.kernel, blocks, needs_x=False)
+        return (y + value.bias).astype(self.dtype)
+
+    def _extents(self) -> list[int]:
+        """Returns the rows and the columns of the grid that the dilated window covers."""
+        return [self.dilation * (side - 1) + 1 for side in self.kernel_size]
+
+    def _pad(self, x: Array) -> Array:
+        """Returns the grids with the zeros that the convolution pads."""
+        pads = self.padding
+        if isinstance(pads, str):
+            grid, extents, strides = np.array(x.shape[1:3]), np.array(self._extents()), np.full(2, self.stride)
+            pads = jax.lax.padtype_to_pads(grid, extents, strides, pads)
+        padded = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+        if any(side < extent for side, extent in zip(padded.shape[1:3], self._extents(), strict=True)):
+            raise UserError(
+                f"the grid is {x.shape[1]}x{x.shape[2]}, and {padded.shape[1]}x{padded.shape[2]} when padded, smaller "
+                f"than the {'x'.join(map(str, self._extents()))} window of the convolution; pad more, or give it "
+                "larger grids."
+            )
+        return padded
+
+    def _queries(self, height: int, width: int) -> list[slice]:
+        """Returns the rows and the columns of the padded grid that are queries: centers of a window that lies in it."""
+        slices = []
+        for side, pixels in zip((height, width), self.kernel_size, strict=True):
+            before, after = (self.dilation * n for n in ((pixels - 1) // 2, pixels // 2))
+            slices.append(slice(before, side - after, self.stride))
+        return slices
+
+
+def check_window(kernel_size: tuple[int, int], stride: int, dilation: int, padding: Padding) -> None:
+    """Raises UserError unless these describe a convolution, as the attributes of `ConvolutionalAttention` do."""
+    if min(kernel_size) < 1:
+        raise UserError(f"kernel_size is {kernel_size}; a window has at least one row and one column.")
+    for name, value in (("stride", stride), ("dilation", dilation)):
+        if value < 1:
+            raise UserError(f"{name} is {value}; it must be 1 or more.")
+    named = padding in ("SAME", "VALID")
+    if not named and (isinstance(padding, str) or min(map(min, padding)) < 0):
+        raise UserError(f"padding is {padding!r}; it must be SAME, VALID, or zeros as ((top, bottom), (left, right)).")
 
 
 def attention_maps(

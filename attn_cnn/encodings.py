@@ -47,10 +47,13 @@ def shifts(height: int, width: int) -> tuple[Int[Array, "{height} 1 {height} 1"]
     return (rows - rows[:, None])[:, None, :, None], (columns - columns[:, None])[None, :, None, :]
 
 
-def window(side: int) -> Int[np.ndarray, "{side}*{side} 2"]:
-    """Returns the shifts of a `side` x `side` convolution, row by row; of an even one the larger half is positive."""
-    along = np.arange(side) - (side - 1) // 2
-    return np.stack(np.meshgrid(along, along, indexing="ij"), axis=-1).reshape(-1, 2)
+def window(height: int, width: int | None = None) -> Int[np.ndarray, "pixels 2"]:
+    """Returns the shifts of a convolution's window, row by row; of an even side the larger half is positive.
+
+    The window is square where `width` is None.
+    """
+    along = [np.arange(side) - (side - 1) // 2 for side in (height, width or height)]
+    return np.stack(np.meshgrid(*along, indexing="ij"), axis=-1).reshape(-1, 2)
 
 
 class Gaussians(NamedTuple):

@@ -53,10 +53,11 @@ class Factors(struct.PyTreeNode):
 
     Where the factors are the same for all queries of a row, and of a column, that axis has size 1, and mixing costs
     O(H + W) for each pixel instead of O(H W). Where they differ from query to query, mixing multiplies them first.
+    Those that do not may be the factors of some of the grid's rows and columns of queries alone.
     """
 
-    row: Array  # heads H #W H
-    column: Array  # heads #H W W
+    row: Array  # heads H #W H: query row, query column, key row
+    column: Array  # heads #H W W: query row, query column, key column
 
     def drop(self, keys: Key[Array, "heads"], rate: float) -> "Factors":
         """Drops entries of both factors, so that each of their products is dropped with probability `rate`.
@@ -67,16 +68,16 @@ class Factors(struct.PyTreeNode):
         each = 1 - (1 - rate) ** 0.5
         return Factors(drop(row_keys, each, self.row), drop(column_keys, each, self.column))
 
-    def mix(self, x: Float[Array, "H W features"]) -> Float[Array, "heads H W features"]:
+    def mix(self, x: Float[Array, "H W features"]) -> Float[Array, "heads queryH queryW features"]:
         """Returns (R_h (x) C_h) x = C_h (R_h x), one grid axis at a time, in the type of x."""
         if self.row.shape[2] > 1 or self.column.shape[1] > 1:  # they differ from query to query
             return self.whole().mix(x)
         height, width, features = x.shape
-        heads = len(self.row)
         row, column = self.row[:, :, 0].astype(x.dtype), self.column[:, 0].astype(x.dtype)
+        heads, queries, _ = row.shape
         rows = (row.reshape(-1, height) @ x.reshape(height, -1)).reshape(-1, width, features)
-        column = jnp.broadcast_to(column[:, None], (heads, height, width, width)).reshape(-1, width, width)
-        return jnp.einsum("njl,nld->njd", column, rows).reshape(heads, height, width, features)
+        column = jnp.broadcast_to(column[:, None], (heads, queries, *column.shape[1:])).reshape(-1, *column.shape[1:])
+        return jnp.einsum("njl,nld->njd", column, rows).reshape(heads, queries, -1, features)
 
     def whole(self) -> Whole:
         """Multiplies the factors."""
@@ -225,7 +226,7 @@ def attend_in_blocks(
     kernel: Float[Array, "heads features out"],
     blocks: Blocks,
     needs_x: bool,
-) -> Float[Array, "batch H W out"]:
+) -> Float[Array, "batch queryH queryW out"]:
     """Returns sum_h A_h x W_h in float32, of `blocks` at a time, with products in the type of x.
 
     Args:
@@ -253,10 +254,9 @@ def _of_images(heads: Heads, x: Array, kernel: Array, blocks: Blocks) -> Array:
 
         def of_group(group):
             heads, kernel = group
-            mixed = heads.probabilities(image, index).mix(image)
-            return _apply(kernel, mixed.reshape(len(kernel), -1, image.shape[-1]))
+            return _apply(kernel, heads.probabilities(image, index).mix(image))
 
-        return sum_over_groups(of_group, (heads, kernel), blocks.heads).reshape(*image.shape[:2], -1)
+        return sum_over_groups(of_group, (heads, kernel), blocks.heads)
 
     return jax.lax.map(of_image, (x, jnp.arange(x.shape[0])), batch_size=blocks.images if blocks.images > 1 else None)
 
@@ -274,23 +274,24 @@ def _of_probabilities(A: Probabilities, x: Array, kernel: Array, blocks: Blocks)
 
         def of_group(group):
             A, kernel = group
-            return _apply(kernel, A.mix(grid).reshape(len(kernel), -1, features))
+            mixed = A.mix(grid)
+            return _apply(kernel, mixed.reshape(*mixed.shape[:3], len(images), features))
 
-        y = sum_over_groups(of_group, (A, kernel), blocks.heads)
-        return jnp.moveaxis(y.reshape(height, width, len(images), -1), 2, 0)
+        return jnp.moveaxis(sum_over_groups(of_group, (A, kernel), blocks.heads), 2, 0)
 
     whole = batch // n * n
     y = jax.lax.map(of_block, x[:whole].reshape(batch // n, n, height, width, features))
-    y = y.reshape(whole, height, width, -1)
+    y = y.reshape(whole, *y.shape[2:])
     return y if n == 1 or whole == batch else jnp.concatenate([y, of_block(x[whole:])])
 
 
 def _apply(kernel: Array, mixed: Array) -> Array:
-    """Returns sum_h y_h W_h in float32, with y of (heads, pixels, features)."""
-    heads, pixels, features = mixed.shape
-    rows = jnp.moveaxis(mixed, 0, 1).reshape(pixels, heads * features)
+    """Returns sum_h y_h W_h in float32, with y of (heads, *pixels, features)."""
+    heads, *pixels, features = mixed.shape
+    rows = jnp.moveaxis(mixed.reshape(heads, -1, features), 0, 1).reshape(-1, heads * features)
     # Cast here, so that the gradient is summed over blocks of images in float32, as it is over groups.
-    return (rows @ kernel.reshape(heads * features, -1).astype(mixed.dtype)).astype(jnp.float32)
+    y = (rows @ kernel.reshape(heads * features, -1).astype(mixed.dtype)).astype(jnp.float32)
+    return y.reshape(*pixels, -1)
 
 
 def sum_over_groups(of_group: Callable[[Any], Array], heads: Any, size: int) -> Array:

@@ -167,7 +167,7 @@ def create_model(
     """
     model = checked_model(model)
     if model.name == "resnet18":
-        return resnet.ResNet18(model.classes, model.width, axis_name=axis_name, dtype=jnp.dtype(dtype))
+        return resnet.ResNet18(model.classes, model.width, axis_name, jnp.dtype(dtype), model.layer)
     tables = None
     if model.share_tables:
         declare = encoding_class(model.encoding).tables
@@ -230,7 +230,9 @@ def abstract_variables(model: ml_collections.ConfigDict) -> dict:
 
 def undecayed(model: ml_collections.ConfigDict) -> tuple[str, ...]:
     """Returns the names of the parameters that weight decay spares."""
-    return encoding_class(model.encoding).undecayed if model.name == "attention" else ()
+    if model.name == "resnet18":
+        return encodings.Quadratic.undecayed if model.layer == "attention" else ()
+    return encoding_class(model.encoding).undecayed
 
 
 def has_heads(model: ml_collections.ConfigDict) -> bool:

@@ -1,6 +1,9 @@
 """The convolutional baseline: ResNet-18 for CIFAR (He et al. 2016; the paper's section 4.1).
 
 block(x) = ReLU(BN(Conv3x3(ReLU(BN(Conv3x3(x))))) + shortcut(x))
+
+Each 3x3 convolution can be the attention layer that expresses it (Theorem 1). A 1x1 convolution stays one: it is a
+linear map of each pixel, and its one head would have nothing to attend to but the pixel itself.
 """
 
 from functools import partial
@@ -12,12 +15,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from attn_cnn import schema
+from attn_cnn.attention import ConvolutionalAttention
 from attn_cnn.layers import dense, fan_in_uniform
 
 BLOCKS_PER_STAGE = 2
 BATCH_NORM_EPSILON = 1e-5
 BATCH_NORM_MOMENTUM = 0.9
-FIELDS = {"width": schema.integer(1, 4096)}
+FIELDS = {
+    "width": schema.integer(1, 4096),
+    "layer": schema.choice("convolution", "attention", default="convolution"),  # what mixes 3x3 pixels
+}
 
 
 def conv(features: int, kernel: int, stride: int, channels: int, **kwargs) -> nn.Conv:
@@ -31,6 +38,13 @@ def conv(features: int, kernel: int, stride: int, channels: int, **kwargs) -> nn
         kernel_init=fan_in_uniform(kernel * kernel * channels),
         **kwargs,
     )
+
+
+def conv3x3(layer: str, features: int, stride: int, channels: int, dtype: Any, name: str) -> nn.Module:
+    """A 3x3 convolution padded by one pixel or, where `layer` is attention, the attention layer in its place."""
+    if layer == "attention":
+        return ConvolutionalAttention(features, (3, 3), stride, padding=((1, 1), (1, 1)), dtype=dtype, name=name)
+    return conv(features, 3, stride, channels, dtype=dtype, name=name)
 
 
 class BatchNorm(nn.Module):
@@ -86,13 +100,14 @@ class Block(nn.Module):
     stride: int
     norm: Any
     dtype: Any
+    layer: str
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch H W channels"]) -> Float[Array, "batch H2 W2 features"]:
         channels, dtype = x.shape[-1], self.dtype
-        y = conv(self.features, 3, self.stride, channels, dtype=dtype, name="conv1")(x)
+        y = conv3x3(self.layer, self.features, self.stride, channels, dtype, name="conv1")(x)
         y = nn.relu(self.norm(name="norm1")(y))
-        y = conv(self.features, 3, 1, self.features, dtype=dtype, name="conv2")(y)
+        y = conv3x3(self.layer, self.features, 1, self.features, dtype, name="conv2")(y)
         y = self.norm(name="norm2")(y)
         if self.stride != 1 or channels != self.features:
             x = conv(self.features, 1, self.stride, channels, dtype=dtype, name="shortcut")(x)
@@ -104,13 +119,14 @@ class ResNet18(nn.Module):
     """Four stages of two blocks, at `width` times 1, 2, 4, 8 channels; 64 is the paper's width.
 
     `axis_name` is the mapped axis over which training averages batch statistics, so that a run does not
-    depend on the number of devices.
+    depend on the number of devices. `layer` is what mixes 3x3 pixels: "convolution" or "attention".
     """
 
     classes: int
     width: int = 64
     axis_name: str | None = None
     dtype: Any = jnp.float32
+    layer: str = "convolution"
 
     @nn.compact
     def __call__(
@@ -122,7 +138,7 @@ class ResNet18(nn.Module):
     ) -> Float[Array, "batch classes"]:
         """Returns the logits of normalised images; batch statistics are those of the images that count."""
         norm = partial(BatchNorm, counts, self.axis_name, train, self.dtype)
-        x = conv(self.width, 3, 1, images.shape[-1], dtype=self.dtype, name="conv1")(images)
+        x = conv3x3(self.layer, self.width, 1, images.shape[-1], self.dtype, name="conv1")(images)
         x = nn.relu(norm(name="norm1")(x))
         for stage, (multiple, stride) in enumerate(((1, 1), (2, 2), (4, 2), (8, 2))):
             for block in range(BLOCKS_PER_STAGE):
@@ -131,6 +147,7 @@ class ResNet18(nn.Module):
                     stride if block == 0 else 1,
                     norm,
                     self.dtype,
+                    self.layer,
                     name=f"stage{stage}_block{block}",
                 )(x)
         x = x.mean(axis=(1, 2), dtype=jnp.float32)

@@ -161,6 +161,8 @@ def _torch_attention_name(layer: int, path: tuple[str, ...], model: ml_collectio
 
 def _torch_resnet_name(path: tuple[str, ...]) -> str:
     *modules, leaf = path
+    if leaf not in _LEAF:
+        raise UserError("the paper's code has no ResNet of attention layers; set config.model.layer to convolution.")
     names = {"classifier": "linear", "shortcut": "shortcut.0", "shortcut_norm": "shortcut.1"}
     words = []
     for module in modules:

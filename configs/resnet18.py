@@ -35,6 +35,7 @@ def get_config(scale=""):
             "image_shape": (32, 32, 3),
             "classes": 10,
             "width": 64,  # channels of the first stage
+            "layer": "convolution",  # or attention, which starts as a 3x3 window of heads
         }
     )
     return common.at_scale(config, scale, {"": {}, "small": SMALL, "digits": DIGITS})

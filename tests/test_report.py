@@ -12,6 +12,7 @@ from configs import quadratic
 TABLE = {  # parameters, and the paper's FLOPs where it gives them
     "quadratic": (12_086_844, "6.2B"),
     "quadratic_generalized": (12_087_006, None),
+    "quadratic_pruned": (12_087_006, None),  # before its heads are pruned
     "many_heads": (18_806_970, None),
     "learned": (12_278_682, "6.2B"),
     "learned_query": (20_822_682, None),

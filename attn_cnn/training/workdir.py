@@ -123,6 +123,12 @@ def as_json(config: ml_collections.ConfigDict) -> str:
     return json.dumps(config.to_dict(), indent=2) + "\n"
 
 
+def check_new(workdir: epath.Path) -> None:
+    """Raises UserError if the workdir holds a run already."""
+    if (workdir / CONFIG).exists() or any((workdir / CHECKPOINTS).glob("[0-9]*")):
+        raise UserError(f"{workdir} holds a run already; set another --workdir.")
+
+
 def create(
     workdir: epath.Path,
     config: ml_collections.ConfigDict,
@@ -138,8 +144,7 @@ def create(
     Raises:
       UserError: the workdir holds a run already, or cannot be written.
     """
-    if (workdir / CONFIG).exists() or any((workdir / CHECKPOINTS).glob("[0-9]*")):
-        raise UserError(f"{workdir} holds a run already; set another --workdir.")
+    check_new(workdir)
     with Checkpoints(workdir / CHECKPOINTS) as checkpoints:
         checkpoints.save(int(state.step), state, metrics)
     write_spec(workdir, spec)

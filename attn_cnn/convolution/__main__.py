@@ -1,0 +1,97 @@
+"""The theorem as a command, in both directions.
+
+    python -m attn_cnn.convolution express --workdir=runs/resnet18_small --out=runs/resnet18_attention
+    python -m attn_cnn.convolution recover --workdir=runs/quadratic_small --out=reports/quadratic_small
+    python -m attn_cnn.convolution recover --maps=vit.npz
+    python -m attn_cnn.convolution moves --workdir=runs/resnet18_attention_on
+
+`express` makes OUT a run with attention in the place of convolutions. `recover` prints how much of a convolution the
+attention of a run, or of the maps in a file (`attn_cnn/maps.py`), is; OUT is a folder for the same as recover.txt,
+recover.json and recover.png. `moves` prints where the heads of a network that was expressed as attention have gone.
+"""
+
+from absl import flags
+
+from attn_cnn import cli, paths
+from attn_cnn.convolution.theorem import EXACT_SPREAD
+from attn_cnn.errors import UserError
+
+FLAGS = flags.FLAGS
+COMMANDS = ("express", "recover", "moves")
+GOES_WITH = {
+    "out": ("express", "recover"),
+    "spread": ("express",),
+    "maps": ("recover",),
+    "images": ("recover",),
+    "tune": ("recover",),
+}
+
+
+def define_flags() -> None:
+    """Defines the flags of all commands."""
+    flags.DEFINE_string("workdir", None, "The run's workdir.")
+    flags.DEFINE_string("out", None, "express: the workdir to make. recover: a folder for the report.")
+    flags.DEFINE_float("spread", EXACT_SPREAD, "s of every head, in 1/pixels; 3.16 leaves gradients.", lower_bound=0.01)
+    flags.DEFINE_string("maps", None, "A file of attention maps in the place of a run.")
+    flags.DEFINE_integer("images", 500, "Test images to average maps and errors over.", lower_bound=1)
+    flags.DEFINE_boolean("tune", False, "Train networks with layers replaced for an epoch, in OUT.")
+    cli.define_step()
+
+
+def check_flags(command: str) -> None:
+    """Raises UserError if a flag is missing or is one that the command ignores."""
+    if command not in COMMANDS:
+        raise UserError(f"{command!r} is no command; the commands are {', '.join(COMMANDS)}.")
+    for name, commands in GOES_WITH.items():
+        if command not in commands and FLAGS[name].present:
+            raise UserError(f"--{name} goes with {' or '.join(commands)}, not with {command}.")
+    if (FLAGS.workdir is None) == (FLAGS.maps is None):
+        raise UserError(f"{command} needs --workdir=RUN{', or --maps=FILE in its place' * (command == 'recover')}.")
+    for name in ("step", "images", "tune"):
+        if FLAGS.maps is not None and FLAGS[name].present:
+            raise UserError(f"--{name} goes with --workdir, not with --maps.")
+    if FLAGS.out is None and (command == "express" or FLAGS.tune):
+        raise UserError("--out is missing; name a folder to make, as in --out=runs/resnet18_attention.")
+
+
+def express() -> None:
+    """Makes the run and prints how it compares."""
+    from attn_cnn.convolution import express  # not needed to find a mistake in the flags
+
+    print(express.describe(express.express(FLAGS.workdir, FLAGS.out, FLAGS.spread, cli.step())))
+    print(f"\n{FLAGS.out} now holds the network as attention; --config.model.layer=attention goes with it.")
+
+
+def recover() -> None:
+    """Prints the report and, where there is an OUT, writes it there."""
+    from attn_cnn.convolution import recover, report
+    from attn_cnn.maps import read_maps
+    from attn_cnn.training.experiment import load_run
+
+    out = None if FLAGS.out is None else paths.resolve(FLAGS.out, "--out")
+    if FLAGS.maps is not None:
+        found = recover.recover_maps(read_maps(paths.resolve(FLAGS.maps, "--maps")))
+    else:
+        run = load_run(FLAGS.workdir, cli.step())
+        found = recover.recover(run, FLAGS.images, out / f"tuned_{run.step}" if FLAGS.tune else None)
+    print(report.describe(found))
+    if out is not None:
+        report.write(found, out)
+
+
+def moves() -> None:
+    """Prints where the heads have gone."""
+    from attn_cnn.convolution import moves
+    from attn_cnn.training.experiment import load_run
+
+    print(moves.describe(moves.moves_of_run(load_run(FLAGS.workdir, cli.step()))))
+
+
+def main(argv):
+    check_flags(argv[1])
+    {"express": express, "recover": recover, "moves": moves}[argv[1]]()
+
+
+if __name__ == "__main__":
+    define_flags()
+    cli.run(main, arguments=("COMMAND",), config=False)

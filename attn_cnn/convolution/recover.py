@@ -1,0 +1,215 @@
+"""How much of a convolution a trained network's attention is: heads by shift, layers by window, accuracy once replaced.
+
+The report is a tree of plain values (and arrays for its figure), as `report.py` writes it:
+
+    heads      of each layer: its kernel's `kernels.Shape`, the `kernels.Parts` of its squared probabilities, the center
+               and spread that it holds as parameters, and `outside`, the share of its ideal kernel that lies outside
+               the grid, averaged over queries
+    windows    of each layer and side K: the K x K window with the most energy of its kernel, that share, and the error
+               of the layer's output when replaced by the convolution in that window
+    accuracy   of the network on the test set when layers are replaced by those convolutions, one alone or all, and
+               after an epoch of training with the 3 x 3 windows around the query
+
+The maps of a file have heads alone.
+"""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+from jaxtyping import Array, Float, UInt8
+
+from attn_cnn import attention
+from attn_cnn.convolution import kernels as kernels_lib
+from attn_cnn.convolution import replace
+from attn_cnn.convolution.evaluation import accuracy, evaluation_data, logits
+from attn_cnn.convolution.kernels import Average, Window
+from attn_cnn.convolution.replace import TUNED_SIDE, Cut
+from attn_cnn.convolution.theorem import kernels_by_shift, outside, position_encoding
+from attn_cnn.encodings import encoding_class
+from attn_cnn.errors import UserError
+from attn_cnn.maps import Maps
+from attn_cnn.model import kinds_and_heads
+from attn_cnn.training import augment
+from attn_cnn.training.dataset import Dataset
+from attn_cnn.training.experiment import Run
+
+SIDES = (1, 3, 5, 7)
+Report = dict[str, Any]
+
+
+class Layer(NamedTuple):
+    """An attention layer as a convolution: its heads' kernels by shift and its value matrices."""
+
+    kernels: Float[np.ndarray, "heads rows columns"]
+    value: Float[np.ndarray, "heads inputs outputs"]
+
+    def energy(self) -> Float[np.ndarray, "rows columns"]:
+        """Returns the energy of the layer's kernel at each shift."""
+        return kernels_lib.energy(self.kernels, self.value)
+
+    def sides(self) -> list[int]:
+        """Returns the sides of windows that the shifts of its grid have room for."""
+        return [side for side in SIDES if side <= min(self.kernels.shape[1:])]
+
+    def cut(self, window: Window) -> Cut:
+        """Returns the convolution in a window."""
+        return Cut(window, kernels_lib.cut_kernel(self.kernels, self.value, window))
+
+
+def averages(batches: Iterable[list[Array]]) -> list[Average]:
+    """Returns the average maps of each layer over batches of images."""
+    total = None
+    for maps in batches:
+        batch = [Average.of(np.asarray(layer)) for layer in maps]
+        total = [a.with_more(b) for a, b in zip(total, batch, strict=True)] if total else batch
+    return total
+
+
+def recover_maps(maps: Maps) -> Report:
+    """Returns what can be said of heads from maps alone, (images, heads, H, W, H, W) for each layer."""
+    return {"layers": [report_of_layer(number, Average.of(layer)) for number, layer in enumerate(maps)]}
+
+
+def report_of_layer(number: int, average: Average) -> Report:
+    """Returns what can be said of a layer's heads from their maps alone."""
+    kernels, parts = kernels_lib.kernels(average.mean), kernels_lib.parts(average)
+    shapes = list(map(kernels_lib.shape, kernels))
+    heads = [
+        {"head": head} | shape._asdict() | {f"by_{name}": float(part[head]) for name, part in parts._asdict().items()}
+        for head, shape in enumerate(shapes)
+    ]
+    targets = [shape.target for shape in shapes]
+    return {
+        "layer": number,
+        "grid": average.mean.shape[1:3],
+        "images": average.images,
+        "heads": heads,
+        "sharing": kernels_lib.sharing(targets),
+        "mirrored": kernels_lib.mirrored(targets),
+        "kernels": kernels,
+    }
+
+
+def maps_of_run(run: Run, images: UInt8[np.ndarray, "images height width channels"]) -> dict[int, Average]:
+    """Returns the average maps of each attention layer of a run by the layer's number.
+
+    Those of a position-only encoding are the same for all images, and computed for one.
+
+    Raises:
+      UserError: the run has no attention layers to map.
+    """
+    if run.config.model.name != "attention":
+        raise UserError(
+            f"config.model.name is {run.config.model.name}; recover reads runs of attention models, as of "
+            "configs/quadratic.py."
+        )
+    of_layers = kinds_and_heads(run.config.model)
+    numbers = [layer for layer, (kind, heads) in enumerate(of_layers) if kind == "attention" and heads]
+    if not numbers:
+        raise UserError("the run has no attention layers with heads; recover reads those that do.")
+    if not encoding_class(run.config.model.encoding).needs_x:
+        images = images[:1]
+    maps = jax.jit(lambda params, batch: attention.attention_maps(run.model, params, batch))
+    size = run.config.eval_batch_size
+
+    def batches():
+        for start in range(0, len(images), size):
+            yield maps(run.params, augment.normalize(images[start : start + size], run.mean, run.std))
+
+    return dict(zip(numbers, averages(batches()), strict=True))
+
+
+def layer_params(params: dict, number: int) -> dict:
+    """Returns the parameters of an attention layer, the tables that all layers share included."""
+    shared = {name: value for name, value in params.items() if name.endswith("_embeddings")}
+    return shared | params[f"layer_{number}"]["attention"]
+
+
+def add_parameters(report: Report, params: dict) -> None:
+    """Adds to a position-only layer's heads what their parameters say: center, spread, what lies outside the grid."""
+    encoding = position_encoding(params)
+    out = np.asarray(outside(kernels_by_shift(encoding, tuple(report["grid"])))).mean((1, 2))
+    gaussians = encoding.gaussians()
+    for head in report["heads"]:
+        number = head["head"]
+        head["outside"] = float(out[number])
+        if gaussians is not None:
+            head["center"] = gaussians.centers[number].tolist()
+            # Of a matrix, the geometric mean of its two.
+            head["spread"] = float(np.linalg.det(np.asarray(gaussians.precisions[number], np.float64)) ** 0.25)
+
+
+def windows_of(layer: Layer) -> list[tuple[Cut, float]]:
+    """Returns the best window of each side, as a convolution, with its share of the energy of the layer's kernel."""
+    energy = layer.energy()
+    best = [kernels_lib.best_window(energy, side) for side in layer.sides()]
+    return [(layer.cut(window), total / energy.sum()) for window, total in best]
+
+
+def recover(run: Run, images: int, tune: epath.Path | None = None) -> Report:
+    """Returns how much of a convolution each attention layer of a run is.
+
+    Args:
+      run: the run of an attention model.
+      images: number of test images for averages of maps and for errors of layers; accuracies are of all.
+      tune: the folder for runs that train replaced networks for an epoch; None: none are trained.
+
+    Raises:
+      UserError: the run has no attention layers.
+    """
+    test = evaluation_data(run)
+    some = test.test_images[:images]
+    maps = maps_of_run(run, some)
+    layers, cuts = [report_of_layer(*of_layer) for of_layer in maps.items()], {}
+    for report in layers:
+        number = report["layer"]
+        own = layer_params(run.params, number)
+        if not encoding_class(run.config.model.encoding).needs_x:
+            add_parameters(report, own)
+        layer = Layer(report["kernels"], np.asarray(own["value"]["kernel"]))
+        report["energy"] = layer.energy()
+        cuts[number] = windows_of(layer)
+        around = Window(-(TUNED_SIDE // 2), -(TUNED_SIDE // 2), TUNED_SIDE)
+        report["around_query"] = layer.cut(around) if TUNED_SIDE in layer.sides() else None
+    errors = replace.layer_errors(run, {number: [cut for cut, _ in best] for number, best in cuts.items()}, some)
+    for report in layers:
+        best = zip(cuts[report["layer"]], errors[report["layer"]], strict=True)
+        report["windows"] = [cut.window._asdict() | {"energy": share} | e._asdict() for (cut, share), e in best]
+    around = {report["layer"]: report.pop("around_query") for report in layers}
+    replaced = accuracies(run, test, {number: [cut for cut, _ in best] for number, best in cuts.items()})
+    if tune is not None:
+        replaced["tuned"] = tuned_accuracies(run, test, around, tune)
+    return {"step": run.step, "config": run.config.to_dict(), "layers": layers, "accuracy": replaced}
+
+
+def accuracies(run: Run, test: Dataset, cuts: dict[int, list[Cut]]) -> Report:
+    """Returns the test accuracy of the network as it is, and with layers replaced, by the side of the windows."""
+
+    def measured(replaced: dict[int, Cut]) -> float:
+        return accuracy(logits(run, test.test_images, replace.replacing(replaced)), test.test_labels)
+
+    result = {"as_trained": measured({}), "replaced": []}
+    for i, side in enumerate(SIDES):
+        having = {number: best[i] for number, best in cuts.items() if i < len(best)}
+        if not having:
+            continue
+        alone = {str(number): measured({number: cut}) for number, cut in having.items()}
+        together = measured(having) if len(having) == len(cuts) else None
+        result["replaced"].append({"side": side, "alone": alone, "all": together})
+    return result
+
+
+def tuned_accuracies(run: Run, test: Dataset, around: dict[int, Cut | None], folder: epath.Path) -> Report:
+    """Returns the test accuracy after an epoch of training with one layer replaced alone, and with all of them."""
+    having = {number: cut for number, cut in around.items() if cut is not None}
+
+    def measured(name: str, replaced: dict[int, Cut]) -> float:
+        tuned = replace.tuned_run(run, replaced, folder / name)
+        return accuracy(logits(tuned, test.test_images), test.test_labels)
+
+    alone = {str(number): measured(f"layer_{number}", {number: cut}) for number, cut in having.items()}
+    together = measured("all", having) if len(having) == len(around) else None
+    return {"side": TUNED_SIDE, "alone": alone, "all": together}

@@ -1,0 +1,219 @@
+"""How much of a convolution a run's attention is: nothing but one where it is one, and told apart where it is not."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import matplotlib
+import numpy as np
+import program
+import pytest
+from etils import epath
+
+from attn_cnn.convolution import recover as recover_lib
+from attn_cnn.convolution import report as report_lib
+from attn_cnn.convolution.evaluation import evaluation_data, logits
+from attn_cnn.convolution.kernels import Window
+from attn_cnn.convolution.recover import recover, recover_maps
+from attn_cnn.convolution.replace import Cut, replaced_config, replaced_params, replacing, sees_all, tuned_run
+from attn_cnn.convolution.theorem import EXACT_SPREAD
+from attn_cnn.errors import UserError
+from attn_cnn.maps import write_maps
+from attn_cnn.model import create_model
+from attn_cnn.training.data import SPECS
+from attn_cnn.training.experiment import Run, create_experiment, load_run, random_state
+from configs import learned, learned_content, quadratic
+
+WORKDIRS = Path(__file__).parent / "workdirs"
+
+
+def untrained(experiment=quadratic, **changes):
+    """A run of two layers before its first step."""
+    config = program.tiny_config(experiment, **{"model.layers": 2} | changes)
+    spec = SPECS["digits"]
+    state = random_state(create_experiment(config, spec))
+    model = create_model(config.model)
+    return Run(model, state.params, {}, create_experiment(config, spec).config, spec.mean, spec.std, 0, spec)
+
+
+@pytest.fixture(scope="module")
+def convolutional():
+    """A run whose attention layers are 3x3 convolutions, and its report."""
+    run = untrained(**{"model.init": "grid", "model.init_spread": EXACT_SPREAD})
+    return run, recover(run, 50)
+
+
+@pytest.mark.slow
+def test_attention_that_is_a_convolution_is_found_to_be_one(convolutional):
+    _, found = convolutional
+    for layer in found["layers"]:
+        assert [head["target"] for head in layer["heads"]] == [(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)]
+        assert all(head["peak"] == 1.0 for head in layer["heads"])
+        assert [head["spread"] for head in layer["heads"]] == pytest.approx([EXACT_SPREAD] * 9)
+        assert all(head["outside"] <= 7 / 16 + 1e-6 for head in layer["heads"])  # corners: 9 of 16 queries see them
+        assert layer["mirrored"] == [(0, 8), (1, 7), (2, 6), (3, 5)] and layer["sharing"] == []
+        assert [window["side"] for window in layer["windows"]] == [1, 3, 5, 7]
+
+
+@pytest.mark.slow
+def test_its_3x3_window_explains_it_where_all_is_inside(convolutional):
+    run, _ = convolutional
+    ideal = np.zeros((9, 7, 7), np.float32)
+    ideal[np.arange(9), np.repeat([2, 3, 4], 3), np.tile([2, 3, 4], 3)] = 1
+    params = jax.tree.map(np.asarray, run.params)
+    layer = recover_lib.Layer(ideal, params["layer_0"]["attention"]["value"]["kernel"])
+    windows = recover_lib.windows_of(layer)
+    assert [share for _, share in windows] == pytest.approx([1 / 9, 1, 1, 1], abs=0.03)
+    cuts = {0: [cut for cut, _ in windows]}
+    errors = recover_lib.replace.layer_errors(run, cuts, evaluation_data(run).test_images[:50])[0]
+    assert [e.queries for e in errors[1:]] == [4, 0, 0]
+    assert errors[1].inside < 1e-5 and errors[2].inside is None
+    assert errors[1].everywhere > 0.1  # the border, where attention renormalises
+
+
+@pytest.mark.slow
+def test_a_layer_replaced_is_the_network_with_a_convolution_there():
+    run = untrained()
+    images = evaluation_data(run).test_images[:40]
+    value = np.asarray(run.params["layer_1"]["attention"]["value"]["kernel"])
+    kernels = np.random.default_rng(0).random((9, 7, 7))
+    cut = recover_lib.Layer(kernels, value).cut(Window(-1, -1, 3))
+    config = replaced_config(run.config, {1})
+    assert config.model.layer == ("attention", "convolution") and config.epochs == 1
+    network = create_model(config.model)
+    theirs = run._replace(model=network, params=replaced_params(run.params, {1: cut}), config=config)
+    np.testing.assert_allclose(logits(run, images, replacing({1: cut})), logits(theirs, images), atol=1e-4)
+
+
+def test_windows_anywhere_are_convolved_with(seed=0):
+    x = jax.random.normal(jax.random.key(seed), (1, 4, 5, 1))
+    for window in (Window(-1, -1, 3), Window(2, -4, 2), Window(-3, 1, 1)):
+        kernel = np.random.default_rng(seed).normal(size=(window.side, window.side, 1, 1)).astype(np.float32)
+        y = recover_lib.replace.convolve(x, Cut(window, kernel))
+        padded = np.pad(np.asarray(x)[0, :, :, 0], 8)
+        for i in range(4):
+            for j in range(5):
+                top, left = i + window.top + 8, j + window.left + 8
+                seen = padded[top : top + window.side, left : left + window.side]
+                np.testing.assert_allclose(y[0, i, j, 0], (seen * kernel[:, :, 0, 0]).sum(), atol=1e-5)
+
+
+def test_queries_see_a_whole_window_where_it_is_inside():
+    assert sees_all(Window(-1, -1, 3), 4, 5).sum() == 2 * 3
+    assert sees_all(Window(0, 2, 1), 4, 5).sum() == 4 * 3
+    assert not sees_all(Window(-2, -2, 5), 4, 5).any()
+
+
+@pytest.fixture
+def three_alone(monkeypatch):
+    """Windows of 3x3 alone, which take a quarter of the time."""
+    monkeypatch.setattr(recover_lib, "SIDES", (3,))
+
+
+@pytest.mark.slow
+def test_content_is_told_from_position(three_alone):
+    found = recover(untrained(learned_content), 30)
+    for layer in found["layers"]:
+        assert layer["images"] == 30
+        for head in layer["heads"]:
+            assert head["by_content"] > 1e-4 and "outside" not in head
+            assert head["by_shift"] + head["by_place"] + head["by_content"] == pytest.approx(1)
+
+
+@pytest.mark.slow
+def test_tables_that_layers_share_are_each_layers(three_alone):
+    found = recover(untrained(learned, **{"model.share_tables": True}), 10)
+    assert all(head["outside"] > 0 for layer in found["layers"] for head in layer["heads"])
+
+
+@pytest.mark.slow
+def test_a_network_with_layers_replaced_trains_on_and_goes_on_where_it_stopped(tmp_path):
+    run = load_run(WORKDIRS / "before_11_quadratic")
+    value = np.asarray(run.params["layer_0"]["attention"]["value"]["kernel"])
+    cut = recover_lib.Layer(np.full((len(value), 7, 7), 1 / 49), value).cut(Window(-1, -1, 3))
+    tuned = tuned_run(run, {0: cut}, epath.Path(tmp_path))
+    assert tuned.config.epochs == 1 and tuned.step == 1_437 // run.config.batch_size
+    kernel = tuned.params["layer_0"]["convolution"]["convolution"]["kernel"]
+    assert not np.allclose(kernel, cut.kernel)
+    shutil.rmtree(tmp_path / "tuned" / "metrics")
+    again = tuned_run(run, {0: cut}, epath.Path(tmp_path))
+    np.testing.assert_array_equal(again.params["layer_0"]["convolution"]["convolution"]["kernel"], kernel)
+
+
+def test_runs_without_attention_are_refused():
+    with pytest.raises(UserError, match="config.model.name is resnet18; recover reads runs of attention models"):
+        recover(load_run(WORKDIRS / "before_11_resnet18"), 10)
+    with pytest.raises(UserError, match="no attention layers with heads"):
+        recover(untrained(**{"model.layer": "convolution"}), 10)
+
+
+# The report
+
+
+def maps_report():
+    maps = np.random.default_rng(0).exponential(size=(3, 2, 4, 5, 4, 5))
+    return recover_maps([maps / maps.sum((-2, -1), keepdims=True)] * 2)
+
+
+def test_the_text_names_layers_heads_and_shares():
+    text = report_lib.describe(maps_report())
+    assert text.count("4x5 grid, maps of 3 images") == 2 and "99% in" in text and "test accuracy" not in text
+
+
+def test_json_holds_what_the_text_says_without_arrays():
+    (first, _) = json.loads(report_lib.as_json(maps_report()))["layers"]
+    assert first["grid"] == [4, 5] and len(first["heads"]) == 2 and "kernels" not in first
+    assert set(first["heads"][0]) >= {"peak", "peak_shift", "windows", "by_content", "target"}
+
+
+def test_the_figure_shows_each_head(tmp_path):
+    matplotlib.use("Agg")
+    report_lib.write(maps_report(), epath.Path(tmp_path) / "report")
+    assert {path.name for path in (tmp_path / "report").iterdir()} == {"recover.txt", "recover.json", "recover.png"}
+    assert (tmp_path / "report" / "recover.png").read_bytes().startswith(b"\x89PNG")
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "attn_cnn.convolution", "recover", *map(str, arguments)],
+        cwd=program.ROOT,
+        env=program.environment(),
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_accuracy_after_an_epoch_of_training_stands_beside_that_before(three_alone, tmp_path):
+    run = load_run(WORKDIRS / "before_11_quadratic")
+    accuracy = recover(run, 10, tune=epath.Path(tmp_path))["accuracy"]
+    assert set(accuracy["tuned"]["alone"]) == set(accuracy["replaced"][0]["alone"])
+    assert 0 <= accuracy["tuned"]["all"] <= 1
+    assert "an epoch later" in report_lib.describe({"layers": [], "accuracy": accuracy})
+
+
+@pytest.mark.slow
+def test_the_command_reports_a_run_with_layers_of_few_and_no_heads(tmp_path):
+    done = command(f"--workdir={WORKDIRS / '11_quadratic_heads'}", f"--out={tmp_path}", "--images=20")
+    assert done.returncode == 0, done.stderr
+    assert "layer 0, 4x4 grid" in done.stdout and "layer 1," not in done.stdout
+    assert (tmp_path / "recover.txt").read_text() == done.stdout
+    found = json.loads((tmp_path / "recover.json").read_text())
+    assert [layer["layer"] for layer in found["layers"]] == [0, 2]
+    accuracy = found["accuracy"]
+    assert [r["side"] for r in accuracy["replaced"]] == [1, 3, 5, 7]
+    assert all(set(r["alone"]) == {"0", "2"} and 0 <= r["all"] <= 1 for r in accuracy["replaced"])
+
+
+@pytest.mark.slow
+def test_the_command_reports_anyones_maps(tmp_path):
+    maps = np.zeros((1, 1, 4, 4, 4, 4), np.float32)
+    for i, j in np.ndindex(4, 4):
+        maps[0, 0, i, j, i, min(j + 1, 3)] = 1
+    write_maps(epath.Path(tmp_path) / "vit.npz", [maps])
+    done = command(f"--maps={tmp_path / 'vit.npz'}")
+    assert done.returncode == 0, done.stderr
+    assert "0, 1" in done.stdout and "1x1" in done.stdout
