@@ -27,7 +27,7 @@ def modes_take_their_flags(values):
 
 def main(_):
     from attn_cnn import predict, report, train  # not needed to find a mistake in the flags
-    from attn_cnn.training import cluster, experiment
+    from attn_cnn.training import cluster, runs
 
     cluster.initialize(FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id)
     workdir = cli.default_workdir() if FLAGS.workdir is None else FLAGS.workdir
@@ -37,9 +37,9 @@ def main(_):
         train.evaluate(FLAGS.config, workdir, cli.step())
     elif FLAGS.mode == "predict":
         files = predict.find_pictures(FLAGS.images)
-        print(predict.describe(experiment.load_run(workdir, cli.step()), files))
+        print(predict.describe(runs.load_run(workdir, cli.step()), files))
     else:
-        print(report.describe(train.model_as_left(FLAGS.config, workdir)))
+        print(report.describe(runs.model_as_left(FLAGS.config, workdir)))
 
 
 if __name__ == "__main__":

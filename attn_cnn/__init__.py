@@ -6,7 +6,7 @@ ICLR 2020, arXiv:1911.03584.
 
 import importlib
 
-_HOMES = {"load_run": "attn_cnn.training.experiment"}
+_HOMES = {"load_run": "attn_cnn.training.runs"}
 
 
 def __getattr__(name: str):

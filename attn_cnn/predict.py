@@ -13,7 +13,7 @@ from jaxtyping import UInt8
 from attn_cnn import paths
 from attn_cnn.errors import UserError
 from attn_cnn.training import augment, pictures
-from attn_cnn.training.experiment import Run
+from attn_cnn.training.runs import Run
 
 SHOWN = 3  # of the most probable classes
 

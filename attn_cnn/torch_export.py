@@ -19,7 +19,8 @@ from flax import traverse_util
 from attn_cnn import cli, paths
 from attn_cnn.errors import UserError, first_line
 from attn_cnn.torch_import import to_torch, torch_names, torch_shape
-from attn_cnn.training.experiment import Run, create_experiment, load_run
+from attn_cnn.training.experiment import create_experiment
+from attn_cnn.training.runs import Run, load_run
 
 SUFFIXES = (".pt", ".safetensors", ".npz")
 

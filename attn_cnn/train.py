@@ -12,32 +12,21 @@ from etils import epath
 
 from attn_cnn.errors import Stopped, UserError
 from attn_cnn.heads.history import History
-from attn_cnn.heads.surgery import operated
 from attn_cnn.training import checkpoint, cluster, data, devices
 from attn_cnn.training import workdir as workdir_lib
 from attn_cnn.training.checkpoint import Checkpoints
 from attn_cnn.training.dataset import Dataset
-from attn_cnn.training.experiment import (
-    Experiment,
-    TrainState,
-    abstract_state,
-    checked,
-    create_experiment,
-    first_state,
-    load_config,
-    restore,
-    what_happens,
-)
+from attn_cnn.training.experiment import Experiment, TrainState, checked, create_experiment, what_happens
 from attn_cnn.training.loop import Loop
 from attn_cnn.training.metrics import Writer
 from attn_cnn.training.progress import progress_line, words
+from attn_cnn.training.runs import as_left, load_config, restore
+from attn_cnn.training.start import check_start, claim, newest_or_first
 from attn_cnn.training.steps import create_evaluate
 from attn_cnn.training.stopping import Interrupt
 from attn_cnn.training.tracing import Profile
 
 log = logging.getLogger("attn_cnn")
-
-DONE = {"prune": "Pruned", "reset": "Reset"}
 
 
 def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, profile: bool = False) -> TrainState:
@@ -83,13 +72,6 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, profile: b
     return state
 
 
-def check_start(experiment: Experiment, workdir: epath.Path) -> None:
-    """Raises UserError if a new run cannot start from the one that it names, before it leaves anything in `workdir`."""
-    new = not devices.everywhere((workdir / workdir_lib.CONFIG).exists()).any()
-    if new and experiment.config.init_from:
-        first_state(experiment)
-
-
 def open_checkpoints(experiment: Experiment, workdir: epath.Path) -> Checkpoints:
     """Returns the checkpoints of a run, which keep as many as its config says."""
     config = experiment.config.checkpoint
@@ -102,75 +84,11 @@ def open_heads(workdir: epath.Path, step: int, evaluated: bool) -> History | Non
     return History(workdir, step, evaluated) if jax.process_index() == 0 else None
 
 
-def as_left(experiment: Experiment, workdir: epath.Path) -> Experiment:
-    """Returns the experiment with the heads that the run in `workdir` has left."""
-    surgery = devices.on_every_host(lambda: workdir_lib.read_surgery(workdir))
-    return create_experiment(experiment.config, experiment.spec, surgery) if surgery else experiment
-
-
-def model_as_left(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> ml_collections.ConfigDict:
-    """Returns the config's model with the heads that the run in `workdir` has left, where it is a run of that model."""
-    config, workdir = checked(config), workdir_lib.open_workdir(workdir)
-    surgery = workdir_lib.read_surgery(workdir)
-    same = surgery and not workdir_lib.differences(config, load_config(workdir), only=("model.",))
-    return operated(config.model, surgery) if same else config.model
-
-
-def newest_or_first(
-    experiment: Experiment, workdir: epath.Path, checkpoints: Checkpoints
-) -> tuple[Experiment, int, TrainState]:
-    """Returns the run with the heads that it has left, and step and state: of its newest checkpoint, or of its start.
-
-    A start from another run is saved, since that run may be gone the next time.
-    """
-    experiment = as_left(experiment, workdir)
-    if restored := checkpoints.restore(abstract_state(experiment)):
-        return experiment, *restored
-    started = first_state(experiment)
-    if experiment.config.init_from:
-        log_degenerate(experiment, started.degenerate)
-        # The heads come first: the checkpoint is read in their shapes.
-        write = functools.partial(workdir_lib.write_surgery, started.surgery, workdir)
-        devices.on_every_host(lambda: write() if jax.process_index() == 0 else None)
-        checkpoints.save(0, started.state)
-    return started.experiment, 0, started.state
-
-
-def log_degenerate(experiment: Experiment, degenerate: dict[int, dict[int, str]]) -> None:
-    """Logs what became of the degenerate heads of the run that this one starts from."""
-    treatment = experiment.config.degenerate_heads
-    for layer, heads in degenerate.items():
-        for head, reason in heads.items():
-            log.info("%s layer %d, head %d: %s.", DONE[treatment], layer, head, reason)
-    if treatment != "keep" and not any(degenerate.values()):
-        log.info("No head of %s is degenerate: all remain.", experiment.config.init_from)
-
-
 def load_data(config: ml_collections.ConfigDict) -> Dataset:
     """Loads the data set on every host; first on process 0, so that where they share a disk only one prepares it."""
     load = functools.partial(data.load_part, config.data)
     first = devices.on_every_host(lambda: load() if jax.process_index() == 0 else None)
     return devices.on_every_host(lambda: first or load())
-
-
-def claim(workdir: epath.Path, experiment: Experiment, stack: contextlib.ExitStack) -> None:
-    """Holds `workdir` until `stack` closes, with the config as it is now.
-
-    Raises:
-      UserError: the workdir is another process's, or holds a run of another config.
-    """
-    workdir_lib.claim(workdir, experiment.config, stack)
-    theirs = load_config(workdir)
-    if lines := workdir_lib.differences(experiment.config, theirs):
-        raise UserError(
-            f"{workdir} holds a run with another config; set another --workdir, or the fields as they were:\n  "
-            + "\n  ".join(lines)
-        )
-    workdir_lib.check_data(workdir, experiment.spec)
-    if experiment.config.to_dict() != theirs.to_dict():
-        workdir_lib.update(workdir, experiment.config, stack)
-    if workdir_lib.read_spec(workdir) is None:
-        workdir_lib.write_spec(workdir, experiment.spec)
 
 
 def check_same_config(config: ml_collections.ConfigDict) -> None:

@@ -13,7 +13,8 @@ from attn_cnn.errors import UserError
 from attn_cnn.model import model_fields
 from attn_cnn.training import experiment as experiment_lib
 from attn_cnn.training import workdir as workdir_lib
-from attn_cnn.training.experiment import checked, load_config
+from attn_cnn.training.experiment import checked
+from attn_cnn.training.runs import load_config
 from configs import common, convolution, quadratic, resnet18
 
 EXPERIMENTS = (

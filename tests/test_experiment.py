@@ -15,11 +15,12 @@ from flax import traverse_util
 import attn_cnn
 from attn_cnn import report, train
 from attn_cnn.errors import UserError
-from attn_cnn.training import data, experiment
+from attn_cnn.training import data, runs, start
 from attn_cnn.training import workdir as workdir_lib
 from attn_cnn.training.augment import normalize
 from attn_cnn.training.checkpoint import Checkpoints
-from attn_cnn.training.experiment import Next, create_experiment, load_config, load_run, random_state, what_happens
+from attn_cnn.training.experiment import Next, create_experiment, random_state, what_happens
+from attn_cnn.training.runs import load_config, load_run
 
 WORKDIRS = Path(__file__).parent / "workdirs"
 
@@ -133,7 +134,7 @@ def test_a_loaded_run_is_what_its_workdir_says(workdir):
     assert (run.mean, run.std) == (data.SPECS["digits"].mean, data.SPECS["digits"].std)
     assert run.step == program.newest_checkpoint(workdir)
     assert bool(run.batch_stats) == (run.config.model.name == "resnet18")
-    _, state = experiment.restore(create_experiment(run.config), workdir)
+    _, state = runs.restore(create_experiment(run.config), workdir)
     assert_same_bits((run.params, run.batch_stats), (state.params, state.batch_stats))
     assert program.content(Path(workdir)) == before
 
@@ -189,7 +190,7 @@ def other(tmp_path_factory):
 
 def start_from(other, **changes):
     config = program.tiny_config(init_from=str(other), seed=5, **changes)
-    return experiment.first_state(create_experiment(config)).state
+    return start.first_state(create_experiment(config)).state
 
 
 def test_it_starts_with_the_other_runs_parameters_and_all_else_fresh(other):
@@ -204,7 +205,7 @@ def test_a_resnet_starts_with_the_other_runs_statistics_too(tmp_path):
     workdir = shutil.copytree(WORKDIRS / "before_11_resnet18", tmp_path / "run")
     config, run = load_config(epath.Path(workdir)), load_run(workdir)
     config.init_from, config.seed = str(workdir), 5
-    state = experiment.first_state(create_experiment(config)).state
+    state = start.first_state(create_experiment(config)).state
     assert int(state.step) == 0
     assert_same_bits((state.params, state.batch_stats), (run.params, run.batch_stats))
 

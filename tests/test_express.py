@@ -22,7 +22,7 @@ from attn_cnn.encodings import window
 from attn_cnn.errors import UserError
 from attn_cnn.model import abstract_variables, undecayed
 from attn_cnn.torch_export import export_variables
-from attn_cnn.training.experiment import load_config, load_run
+from attn_cnn.training.runs import load_config, load_run
 from configs import resnet18
 
 WORKDIRS = Path(__file__).parent / "workdirs"

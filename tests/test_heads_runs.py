@@ -19,8 +19,11 @@ from attn_cnn.errors import UserError
 from attn_cnn.heads import __main__ as heads_command
 from attn_cnn.heads import history
 from attn_cnn.training import experiment as experiment_lib
+from attn_cnn.training import runs
 from attn_cnn.training import workdir as workdir_lib
-from attn_cnn.training.experiment import create_experiment, first_state, load_config, load_run, random_state
+from attn_cnn.training.experiment import create_experiment, random_state
+from attn_cnn.training.runs import load_config, load_run
+from attn_cnn.training.start import first_state
 from configs import quadratic_generalized
 
 LINE = jnp.array([[1.0, 0.0], [0.0, 1e-3]])
@@ -108,7 +111,7 @@ def test_it_is_evaluated_described_reported_exported_and_imported(pruned, tmp_pa
     assert train.evaluate(config, workdir)["loss"] == pytest.approx(
         program.scalars(workdir, "test/loss")[-1][1], rel=1e-5
     )
-    described = report.describe(train.model_as_left(config, workdir))
+    described = report.describe(runs.model_as_left(config, workdir))
     assert "layer_0/attention/centers" in described and "layer_1/attention/centers" not in described
     run = load_run(workdir)
     assert [(row["layer"], row["head"]) for row in heads_command.report(run)] == [(0, 0), (0, 1), (0, 2)]
@@ -204,8 +207,7 @@ def test_by_hand_the_optimizers_state_of_what_remains_stays_and_the_run_goes_on(
     shutil.rmtree(workdir / "checkpoints" / "28")
     assert heads_command.prune(workdir, out, {0: {1, 4}, 1: {0}}, "newest") == 14
     (_, before), (_, after) = (
-        experiment_lib.restore(create_experiment(config, surgery=workdir_lib.read_surgery(path)), path)
-        for path in (workdir, out)
+        runs.restore(create_experiment(config, surgery=workdir_lib.read_surgery(path)), path) for path in (workdir, out)
     )
     kept = {"layer_0": jnp.array([0, 2, 3]), "layer_1": jnp.array([1, 2, 3, 4])}
     moments = (lambda state: state.opt_state[1].mu), (lambda state: state.opt_state[1].nu), (lambda state: state.params)

@@ -11,7 +11,7 @@ import pytest
 from etils import epath
 
 from attn_cnn import train
-from attn_cnn.training.experiment import load_config
+from attn_cnn.training.runs import load_config
 
 FLAGS = (
     "--config.epochs=2",

@@ -11,7 +11,7 @@ import pytest
 
 from attn_cnn import train
 from attn_cnn.errors import UserError
-from attn_cnn.training.experiment import load_config
+from attn_cnn.training.runs import load_config
 from attn_cnn.training.stopping import Interrupt
 from attn_cnn.training.workdir import open_workdir
 

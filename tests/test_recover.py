@@ -24,7 +24,8 @@ from attn_cnn.errors import UserError
 from attn_cnn.maps import write_maps
 from attn_cnn.model import create_model
 from attn_cnn.training.data import SPECS
-from attn_cnn.training.experiment import Run, create_experiment, load_run, random_state
+from attn_cnn.training.experiment import create_experiment, random_state
+from attn_cnn.training.runs import Run, load_run
 from configs import learned, learned_content, quadratic
 
 WORKDIRS = Path(__file__).parent / "workdirs"

@@ -12,7 +12,7 @@ from attn_cnn.model import abstract_variables
 from attn_cnn.torch_export import export_run, export_variables
 from attn_cnn.torch_import import import_state_dict, import_variables, read_checkpoint
 from attn_cnn.training.data import SPECS
-from attn_cnn.training.experiment import Run
+from attn_cnn.training.runs import Run
 from configs import quadratic, resnet18
 
 

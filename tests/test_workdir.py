@@ -12,6 +12,7 @@ from etils import epath
 
 from attn_cnn.errors import UserError
 from attn_cnn.training import experiment as experiment_lib
+from attn_cnn.training import runs
 from attn_cnn.training import workdir as workdir_lib
 from configs import quadratic
 
@@ -43,11 +44,11 @@ def held(workdir, config):
 
 def test_a_workdir_that_was_made_holds_the_state(experiment, state, workdir):
     workdir_lib.create(workdir, experiment.config, experiment.spec, state, {"test_accuracy": 0.5})
-    assert workdir_lib.differences(experiment_lib.load_config(workdir), experiment.config) == []
-    step, restored = experiment_lib.restore(experiment, workdir)
+    assert workdir_lib.differences(runs.load_config(workdir), experiment.config) == []
+    step, restored = runs.restore(experiment, workdir)
     assert step == 14
     jax.tree.map(np.testing.assert_array_equal, restored, state)
-    run = experiment_lib.load_run(workdir)
+    run = runs.load_run(workdir)
     assert run.step == 14 and run.config.to_dict() == experiment.config.to_dict()
 
 

@@ -19,7 +19,7 @@ import attn_cnn
 from attn_cnn import train
 from attn_cnn.training import data
 from attn_cnn.training.augment import normalize
-from attn_cnn.training.experiment import load_config
+from attn_cnn.training.runs import load_config
 
 WORKDIRS = sorted((Path(__file__).parent / "workdirs").iterdir())
 

@@ -66,7 +66,7 @@ def recover() -> None:
     """Prints the report and, where there is an OUT, writes it there."""
     from attn_cnn.convolution import recover, report
     from attn_cnn.maps import read_maps
-    from attn_cnn.training.experiment import load_run
+    from attn_cnn.training.runs import load_run
 
     out = None if FLAGS.out is None else paths.resolve(FLAGS.out, "--out")
     if FLAGS.maps is not None:
@@ -82,7 +82,7 @@ def recover() -> None:
 def moves() -> None:
     """Prints where the heads have gone."""
     from attn_cnn.convolution import moves
-    from attn_cnn.training.experiment import load_run
+    from attn_cnn.training.runs import load_run
 
     print(moves.describe(moves.moves_of_run(load_run(FLAGS.workdir, cli.step()))))
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from attn_cnn.training import augment, data
 from attn_cnn.training.dataset import Dataset
-from attn_cnn.training.experiment import Run
+from attn_cnn.training.runs import Run
 
 Interceptor = Callable[..., Any]  # as flax.linen.intercept_methods takes it
 

@@ -24,7 +24,8 @@ from attn_cnn.errors import UserError
 from attn_cnn.model import create_model
 from attn_cnn.report import count_parameters
 from attn_cnn.training import workdir as workdir_lib
-from attn_cnn.training.experiment import Run, create_experiment, load_run, state_of
+from attn_cnn.training.experiment import create_experiment, state_of
+from attn_cnn.training.runs import Run, load_run
 
 LAYER_IMAGES = 100  # that layers are compared and timed on
 ROUNDS = 5

@@ -9,7 +9,7 @@ import tabulate
 
 from attn_cnn.encodings import window
 from attn_cnn.errors import UserError
-from attn_cnn.training.experiment import Run
+from attn_cnn.training.runs import Run
 
 
 class Moves(NamedTuple):

@@ -34,7 +34,7 @@ from attn_cnn.maps import Maps
 from attn_cnn.model import kinds_and_heads
 from attn_cnn.training import augment
 from attn_cnn.training.dataset import Dataset
-from attn_cnn.training.experiment import Run
+from attn_cnn.training.runs import Run
 
 SIDES = (1, 3, 5, 7)
 Report = dict[str, Any]

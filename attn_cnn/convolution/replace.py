@@ -21,7 +21,8 @@ from attn_cnn.attention import SelfAttention
 from attn_cnn.convolution.evaluation import Interceptor, network, variables
 from attn_cnn.convolution.kernels import Window
 from attn_cnn.training import workdir as workdir_lib
-from attn_cnn.training.experiment import Run, create_experiment, load_run, state_of
+from attn_cnn.training.experiment import create_experiment, state_of
+from attn_cnn.training.runs import Run, load_run
 
 TUNED_SIDE = 3
 TUNED_LEARNING_RATE = 0.1  # of the run's own

@@ -29,7 +29,8 @@ from attn_cnn.heads.measure import IMAGES, degenerate, measure
 from attn_cnn.model import has_heads
 from attn_cnn.training import augment, data
 from attn_cnn.training import workdir as workdir_lib
-from attn_cnn.training.experiment import Run, create_experiment, load_config, load_run, restore
+from attn_cnn.training.experiment import create_experiment
+from attn_cnn.training.runs import Run, load_config, load_run, restore
 
 GOES_WITH = {"json": "report", "out": "prune", "heads": "prune"}
 COLUMNS = ("layer", "head", "center", "width", "condition", "distance", "entropy", "3x3", "5x5", "most", "gate")

@@ -13,18 +13,14 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
-from etils import epath
-from flax import traverse_util
 from jaxtyping import Array, Int
 
 from attn_cnn import model as model_lib
 from attn_cnn import schema
 from attn_cnn.errors import UserError
-from attn_cnn.heads import measure
 from attn_cnn.heads import surgery as surgery_lib
 from attn_cnn.heads.surgery import Surgery
 from attn_cnn.training import checkpoint, data, devices, optim
-from attn_cnn.training import workdir as workdir_lib
 from attn_cnn.training.dataset import Spec
 
 FIELDS = {
@@ -99,22 +95,6 @@ def check_name(name: str) -> None:
     known = set(FIELDS) | model | {"model.name"}
     if not any(field == name or field.startswith(f"{name}.") for field in known):
         raise UserError(f"unknown field config.{name}; {schema.suggestion(name, known, 'config.')}")
-
-
-def load_config(workdir: epath.Path) -> ml_collections.ConfigDict:
-    """Returns the config of the run in `workdir`, with defaults for fields that came after it.
-
-    Raises:
-      UserError: there is no run, or its config was damaged or changed.
-    """
-    path = workdir / workdir_lib.CONFIG
-    if not path.exists():
-        raise UserError(f"{workdir} holds no run; train one first, or name the workdir of one.")
-    config = workdir_lib.read_config(path)
-    try:
-        return checked(config)
-    except UserError as error:
-        raise UserError(f"{path} was changed: {error}") from None
 
 
 class Sums(flax.struct.PyTreeNode):
@@ -292,100 +272,6 @@ def state_of(experiment: Experiment, variables: dict, step: int = 0) -> TrainSta
     return state(variables)
 
 
-class Start(NamedTuple):
-    """How a run starts.
-
-    Attributes:
-      experiment: the run, with the heads that remain.
-      state: its state before the first step.
-      surgery: what became of the heads that its config asks for; None: nothing.
-      degenerate: of each layer, the degenerate heads of the run it starts from that were pruned or reset, with the
-        reason.
-    """
-
-    experiment: Experiment
-    state: TrainState
-    surgery: Surgery | None
-    degenerate: dict[int, dict[int, str]]
-
-
-def first_state(experiment: Experiment) -> Start:
-    """Returns the start of a run: random, or with the parameters of the run that `init_from` names.
-
-    Where that run has lost heads, so has this one. Then degenerate heads are pruned or reset.
-
-    Raises:
-      UserError: that run cannot be read, or its parameters do not fit.
-    """
-    config = experiment.config
-    if not config.init_from:
-        return Start(experiment, random_state(experiment), None, {})
-    workdir = workdir_lib.open_workdir(config.init_from)
-    given = devices.on_every_host(lambda: load_config(workdir))  # all of them see it
-    surgery = devices.on_every_host(lambda: workdir_lib.read_surgery(workdir))
-    if surgery:
-        same_model = given.model.name == config.model.name
-        same_heads = same_model and surgery_lib.untouched(given.model) == surgery_lib.untouched(config.model)
-        surgery = surgery.with_reset({}) if same_heads else None
-    experiment, other = create_experiment(config, experiment.spec, surgery), load_run(config.init_from)
-    state = random_state(experiment)
-    ours = {"params": state.params, "batch_stats": state.batch_stats}
-    theirs = {"params": other.params, "batch_stats": other.batch_stats}
-    variables = started_from(ours, theirs, config.init_from, config.init_except)
-    if config.degenerate_heads == "keep":
-        return Start(experiment, state_of(experiment, variables), surgery, {})
-    return without_degenerate(experiment, variables, surgery)
-
-
-def without_degenerate(experiment: Experiment, variables: dict, surgery: Surgery | None) -> Start:
-    """Returns the start of a run from `variables`, with degenerate heads pruned or reset as its config says."""
-    config, model, params = experiment.config, experiment.model_config, variables["params"]
-    degenerate = measure.degenerate(experiment.model, params, model.image_shape)
-    surgery = surgery or surgery_lib.untouched(config.model)
-    if config.degenerate_heads == "prune":
-        surgery, params = surgery.pruned(degenerate), surgery_lib.prune(params, model, degenerate)
-    else:
-        surgery = surgery.with_reset(degenerate)
-        params = surgery_lib.reset(params, random_state(experiment).params, model, degenerate)
-    experiment = create_experiment(config, experiment.spec, surgery)
-    return Start(experiment, state_of(experiment, variables | {"params": params}), surgery, degenerate)
-
-
-def started_from(ours: dict, theirs: dict, workdir: str, fresh: tuple[str, ...]) -> dict:
-    """Returns the variables `theirs`, of the run in `workdir`, but for those of `ours` whose paths begin with `fresh`.
-
-    Raises:
-      UserError: variables are missing, left over or of another shape, or a name in `fresh` is nobody's.
-    """
-
-    def flat(variables):
-        return {path[1:]: (path, leaf) for path, leaf in traverse_util.flatten_dict(variables).items()}
-
-    ours, theirs = flat(ours), flat(theirs)
-    unknown = [name for name in fresh if not any(begins(path, (name,)) for path in ours | theirs)]
-    problems = [f"config.init_except names {name}, which is no parameter" for name in unknown]
-    result = {}
-    for path, (whole_path, leaf) in ours.items():
-        _, other = theirs.get(path, (None, None))
-        if begins(path, fresh):
-            other = leaf
-        elif other is None:
-            problems.append(f"{'/'.join(path)} is missing there")
-            continue
-        elif other.shape != leaf.shape:
-            problems.append(f"{'/'.join(path)} has shape {other.shape} there, {leaf.shape} here")
-        result[whole_path] = other
-    problems += [
-        f"{'/'.join(path)} is left over there" for path in theirs if path not in ours and not begins(path, fresh)
-    ]
-    if problems:
-        raise UserError(
-            f"the run in {workdir} does not fit (config.init_from); change config.model, or name what starts afresh in "
-            "config.init_except:\n  " + "\n  ".join(problems)
-        )
-    return {"batch_stats": {}} | traverse_util.unflatten_dict(result)
-
-
 class Next(enum.Enum):
     """What can come next in a run."""
 
@@ -419,70 +305,3 @@ def what_happens(experiment: Experiment, step: int, evaluated: bool) -> Iterator
         batch = (step - 1) % of_epoch + 1
         if batch % config.log_every_steps == 0 or batch == of_epoch:
             yield Next.REPORT, step
-
-
-class Run(NamedTuple):
-    """A run as it is found in its workdir.
-
-    Attributes:
-      model: the Flax module.
-      params: its parameters.
-      batch_stats: the ResNet's running statistics, else {}.
-      config: the run's config, its model with the heads that remain.
-      mean: mean of each channel of the images, scaled to [0, 1], for `augment.normalize`.
-      std: standard deviation of each channel.
-      step: steps that were done.
-      spec: what else is known of the run's data: the classes' names, the number of images.
-    """
-
-    model: nn.Module
-    params: Any
-    batch_stats: Any
-    config: ml_collections.ConfigDict
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    step: int
-    spec: Spec
-
-
-def load_run(workdir: epath.PathLike, step: int | str = "newest") -> Run:
-    """Opens the run in `workdir`; nothing there changes.
-
-    Args:
-      workdir: the folder of a run.
-      step: "newest", "best" (by accuracy on the test set, or on what is held out), or the step of a checkpoint.
-
-    Raises:
-      UserError: there is no run, or no such checkpoint of it, or it cannot be read.
-    """
-    workdir = workdir_lib.open_workdir(workdir)
-    experiment = create_experiment(
-        load_config(workdir), workdir_lib.read_spec(workdir), workdir_lib.read_surgery(workdir)
-    )
-    step, state = restore(experiment, workdir, step)
-    config = experiment.config.copy_and_resolve_references()
-    with config.ignore_type():
-        config.model = experiment.model_config
-    return Run(
-        model=model_lib.create_model(config.model, config.dtype),
-        params=state.params,
-        batch_stats=state.batch_stats,
-        config=config,
-        mean=experiment.spec.mean,
-        std=experiment.spec.std,
-        step=step,
-        spec=experiment.spec,
-    )
-
-
-def restore(experiment: Experiment, workdir: epath.Path, step: int | str = "newest") -> tuple[int, TrainState]:
-    """Reads a checkpoint of the run in `workdir`; nothing there changes.
-
-    Raises:
-      UserError: there is none, or none that can be read.
-    """
-    with checkpoint.Checkpoints(workdir / workdir_lib.CHECKPOINTS, read_only=True) as checkpoints:
-        restored = checkpoints.restore(abstract_state(experiment), step)
-    if restored is None:
-        raise UserError(f"{workdir} holds no checkpoint yet; train until its first one.")
-    return restored
