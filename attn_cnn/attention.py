@@ -18,7 +18,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from attn_cnn import schema
-from attn_cnn.encodings import Encoding, Quadratic, encoding_class, window
+from attn_cnn.encodings import Encoding, Parts, Quadratic, encoding_class, window
 from attn_cnn.errors import UserError
 from attn_cnn.layers import Bias, Linear, LinearMap
 from attn_cnn.mixing import Device, Factors, Fixed, Probabilities, attend_in_blocks, choose_blocks, this_device
@@ -290,8 +290,8 @@ def check_window(kernel_size: tuple[int, int], stride: int, dilation: int, paddi
 
 
 def attention_maps(
-    module: nn.Module, params: dict, images: Float[Array, "batch height width channels"]
-) -> list[Float[Array, "_ heads H W H W"]]:
+    module: nn.Module, params: dict, images: Float[Array, "batch height width channels"], parts: bool = False
+) -> list[Float[Array, "_ heads H W H W"]] | list[Parts]:
     """Returns the attention probabilities of every attention layer: query grid, then key grid.
 
     Each sums to 1 over the last two axes. The leading axis is 1 for position-only encodings and the batch otherwise.
@@ -300,16 +300,22 @@ def attention_maps(
       module: a model of `create_model`.
       params: its parameters.
       images: normalised images, NHWC.
+      parts: whether to return the scores before softmax instead, as `Parts` of arrays of the same shape.
 
     Raises:
       UserError: the model has no attention layers.
     """
-    _, collected = module.apply({"params": params}, images, train=False, mutable=["intermediates"])
-    layers = collected.get("intermediates", {})
-    if not layers:
+    if parts:
+        layers = heads_of_layers(module, params, images)
+        maps = [jax.lax.map(layer.encoding.parts, layer.mapped) for layer in layers.values()]
+    else:
+        _, collected = module.apply({"params": params}, images, train=False, mutable=["intermediates"])
+        layers = collected.get("intermediates", {})
+        in_order = sorted(layers, key=lambda name: int(name.removeprefix("layer_")))
+        maps = [layers[name]["attention"]["probabilities"][0] for name in in_order]
+    if not maps:
         raise UserError(f"{type(module).__name__} has no attention layers to map.")
-    in_order = sorted(layers, key=lambda name: int(name.removeprefix("layer_")))
-    return [layers[name]["attention"]["probabilities"][0] for name in in_order]
+    return maps
 
 
 class LayerHeads(NamedTuple):
@@ -322,6 +328,11 @@ class LayerHeads(NamedTuple):
 
     encoding: Encoding
     x: Array
+
+    @property
+    def mapped(self) -> Float[Array, "_ H W features"]:
+        """The grids that have maps of their own: one where the image makes no difference."""
+        return self.x if self.encoding.needs_x else self.x[:1]
 
 
 def heads_of_layers(

@@ -63,6 +63,20 @@ class Gaussians(NamedTuple):
     precisions: Float[Array, "heads 2 2"]
 
 
+class Parts(NamedTuple):
+    """Scores before softmax, taken apart; every array has the shape of `total`.
+
+    Attributes:
+      position: what the shift scores (by itself, or with the query).
+      content: what query and key score; None: nothing.
+      total: the scores whose softmax are the probabilities; position plus content, or of gated heads log A_h.
+    """
+
+    position: Float[Array, "*images heads H W H W"]
+    content: Float[Array, "*images heads H W H W"] | None
+    total: Float[Array, "*images heads H W H W"]
+
+
 class Encoding(struct.PyTreeNode):
     """The scores of some heads of one layer.
 
@@ -70,6 +84,7 @@ class Encoding(struct.PyTreeNode):
       name: what config.model.encoding calls it.
       separable: whether the score is a row term plus a column term, so that probabilities are `Factors`, exactly.
       needs_x: whether the score depends on the pixels' features, and so on the image.
+      continuous: whether there are scores between pixels: `scores` takes shifts that are no whole numbers.
       reads: the fields of `FIELDS` that mean something to it.
       undecayed: names of its parameters that weight decay spares.
       positions: names of its parameters, and of modules of such, that say where heads look whatever the pixels hold.
@@ -80,6 +95,7 @@ class Encoding(struct.PyTreeNode):
     name: ClassVar[str]
     separable: ClassVar[bool] = False
     needs_x: ClassVar[bool] = False
+    continuous: ClassVar[bool] = False
     reads: ClassVar[tuple[str, ...]] = ()
     undecayed: ClassVar[tuple[str, ...]] = ()
     positions: ClassVar[tuple[str, ...]] = ()
@@ -147,6 +163,11 @@ class Encoding(struct.PyTreeNode):
             return Factors(jax.nn.softmax(row[..., 0]), jax.nn.softmax(column[..., 0, :]))
         return Whole(jax.nn.softmax(self.scores(*grid, x), (-2, -1)))
 
+    def parts(self, x: Float[Array, "H W features"]) -> Parts:
+        """Returns the scores of all pairs of pixels of one image, taken apart."""
+        total = self.scores(*shifts(*x.shape[:2]), x)
+        return Parts(total, None, total)
+
     def degenerate(self) -> dict[int, str]:
         """Returns the heads that do nothing of use, each with the reason and the value (DESIGN.md, section 2)."""
         return {}
@@ -207,6 +228,7 @@ def spreads_init(module: nn.Module, unit: Float[Array, "*matrix"]) -> nn.initial
 class CenteredEncoding(Encoding):
     """What the encodings share whose heads look at a center, mu_h, from wherever they are."""
 
+    continuous = True
     reads = ("init", "init_spread")
     undecayed = ("centers", "spreads")
     positions = ("centers", "spreads")
@@ -597,6 +619,11 @@ class PositionAndContent:
         """Returns the scores of position plus those of content."""
         return self.position.scores(rows, columns, x) + self.content.scores(x)
 
+    def parts(self, x: Float[Array, "H W features"]) -> Parts:
+        """Returns the scores of position, those of content, and their sum."""
+        position, content = self.position.scores(*shifts(*x.shape[:2]), x), self.content.scores(x)
+        return Parts(position, content, position + content)
+
 
 class LearnedContent(PositionAndContent, QueryEncoding, name="learned_content"):
     """Scores of `LearnedQuery` plus those of content, with the same query (Ramachandran et al. 2019)."""
@@ -642,7 +669,7 @@ class Gated(CenteredEncoding, name="gated"):
     content: Content
     gates: Array  # heads: lambda
 
-    needs_x = True
+    needs_x, continuous = True, False
     reads = (*CenteredEncoding.reads, "content_init")
     undecayed = (*CenteredEncoding.undecayed, "gates")
 
@@ -655,7 +682,17 @@ class Gated(CenteredEncoding, name="gated"):
 
     def scores(self, rows: Array, columns: Array, x: Array | None = None) -> Array:
         """Returns log A_h, the scores whose softmax is the mixture."""
-        return jnp.log(self.probabilities(x).whole().values)
+        return self.parts(x).total
+
+    def parts(self, x: Float[Array, "H W features"]) -> Parts:
+        """Returns the scores of position, those of content, and log A_h, finite also where A_h is rounded to 0."""
+        position, content = self.position.scores(*shifts(*x.shape[:2]), x), self.content.scores(x)
+        gates = self.gates[:, None, None, None, None]
+        total = jnp.logaddexp(
+            jax.nn.log_sigmoid(-gates) + jax.nn.log_softmax(content, (-2, -1)),
+            jax.nn.log_sigmoid(gates) + jax.nn.log_softmax(position, (-2, -1)),
+        )
+        return Parts(position, content, total)
 
     def probabilities(self, x: Float[Array, "H W features"]) -> Weighted:
         """Returns the mixture, whose positional part keeps its factors."""
