@@ -14,10 +14,11 @@ import pytest
 from etils import epath
 from flax import traverse_util
 
-from attn_cnn import report, torch_export, torch_import, train
+from attn_cnn import maps, report, torch_export, torch_import, train
 from attn_cnn.errors import UserError
 from attn_cnn.heads import __main__ as heads_command
 from attn_cnn.heads import history
+from attn_cnn.maps import Maps
 from attn_cnn.training import experiment as experiment_lib
 from attn_cnn.training import runs
 from attn_cnn.training import workdir as workdir_lib
@@ -238,6 +239,16 @@ def test_the_command_reports_a_table_or_json_and_prunes(other, tmp_path):
     done = command("prune", f"--workdir={other}", f"--out={out}", "--heads=0:1,1:0,1:2")
     assert done.stdout == f"{out} now holds step 28 of {other} without 3 heads.\n"
     assert load_run(out).config.model.heads == (4, 3)
+
+
+@pytest.mark.slow
+def test_the_command_reports_heads_of_a_file_of_attention_maps(tmp_path):
+    same = np.broadcast_to(np.eye(6).reshape(2, 3, 2, 3), (2, 1, 4, 2, 3, 2, 3))  # every query looks at itself
+    maps.write(epath.Path(tmp_path) / "maps.npz", Maps(list(same)))
+    rows = json.loads(command("report", f"--maps={tmp_path / 'maps.npz'}", "--json").stdout)
+    assert [(row["layer"], row["head"]) for row in rows] == [(layer, head) for layer in (0, 1) for head in range(4)]
+    assert all(row["nonlocality"] == 0 and row["mass_3x3"] == 1 for row in rows)
+    assert "most" in command("report", f"--maps={tmp_path / 'maps.npz'}").stdout
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from attn_cnn.convolution import kernels as kernels_lib
 from attn_cnn.convolution.kernels import Average, Window, best_window, smallest_window
 from attn_cnn.convolution.recover import recover_maps
+from attn_cnn.maps import Maps
 
 SIDE = 8
 
@@ -44,7 +45,7 @@ def by_content(images=200, side=4):
 
 def heads_of(*maps):
     """The report of one layer with these heads, one each."""
-    return recover_maps([np.concatenate(maps, 1)])["layers"][0]
+    return recover_maps(Maps([np.concatenate(maps, 1)]))["layers"][0]
 
 
 def test_a_pure_shift_is_a_convolution_with_one_pixel_but_for_the_border():

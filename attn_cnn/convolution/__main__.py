@@ -64,13 +64,13 @@ def express() -> None:
 
 def recover() -> None:
     """Prints the report and, where there is an OUT, writes it there."""
+    from attn_cnn import maps
     from attn_cnn.convolution import recover, report
-    from attn_cnn.maps import read_maps
     from attn_cnn.training.runs import load_run
 
     out = None if FLAGS.out is None else paths.resolve(FLAGS.out, "--out")
     if FLAGS.maps is not None:
-        found = recover.recover_maps(read_maps(paths.resolve(FLAGS.maps, "--maps")))
+        found = recover.recover_maps(maps.read(paths.resolve(FLAGS.maps, "--maps")))
     else:
         run = load_run(FLAGS.workdir, cli.step())
         found = recover.recover(run, FLAGS.images, out / f"tuned_{run.step}" if FLAGS.tune else None)

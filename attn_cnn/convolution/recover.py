@@ -69,8 +69,8 @@ def averages(batches: Iterable[list[Array]]) -> list[Average]:
 
 
 def recover_maps(maps: Maps) -> Report:
-    """Returns what can be said of heads from maps alone, (images, heads, H, W, H, W) for each layer."""
-    return {"layers": [report_of_layer(number, Average.of(layer)) for number, layer in enumerate(maps)]}
+    """Returns what can be said of heads from maps alone."""
+    return {"layers": [report_of_layer(number, Average.of(layer)) for number, layer in enumerate(maps.layers)]}
 
 
 def report_of_layer(number: int, average: Average) -> Report:

@@ -1,11 +1,13 @@
 """What each head of a run does, and a run without some of its heads.
 
     python -m attn_cnn.heads report --workdir=RUN
+    python -m attn_cnn.heads report --maps=FILE.npz
     python -m attn_cnn.heads prune --workdir=RUN --out=NEW --heads=2:0,2:5
 
-`report` prints a table, or with --json the same as JSON, and names the degenerate heads. `prune` makes NEW the run in
-RUN, at its newest checkpoint, without the heads named as layer:head, numbered as `report` does; NEW evaluates, and
-goes on with the command that RUN was started with. The step of both is --step.
+`report` prints a table, or with --json the same as JSON, and names the degenerate heads; of a file of
+attention maps (`attn_cnn/maps.py`) it prints what they alone tell. `prune` makes NEW the run in RUN, at its newest
+checkpoint, without the heads named as layer:head, numbered as `report` does; NEW evaluates, and goes on with the
+command that RUN was started with. The step of both is --step.
 """
 
 import json
@@ -19,20 +21,21 @@ import numpy as np
 import tabulate
 from absl import flags
 from etils import epath
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
-from attn_cnn import cli
+from attn_cnn import cli, maps, paths
 from attn_cnn.encodings import encoding_class
 from attn_cnn.errors import UserError
 from attn_cnn.heads import surgery as surgery_lib
-from attn_cnn.heads.measure import IMAGES, degenerate, measure
+from attn_cnn.heads.measure import IMAGES, degenerate, measure, of_maps
+from attn_cnn.maps import Maps
 from attn_cnn.model import has_heads
 from attn_cnn.training import augment, data
 from attn_cnn.training import workdir as workdir_lib
 from attn_cnn.training.experiment import create_experiment
 from attn_cnn.training.runs import Run, load_config, load_run, restore
 
-GOES_WITH = {"json": "report", "out": "prune", "heads": "prune"}
+GOES_WITH = {"json": "report", "maps": "report", "out": "prune", "heads": "prune"}
 COLUMNS = ("layer", "head", "center", "width", "condition", "distance", "entropy", "3x3", "5x5", "most", "gate")
 
 
@@ -55,11 +58,23 @@ def report(run: Run) -> list[dict[str, Any]]:
     with jax.default_matmul_precision(run.config.matmul_precision):
         by_layer = jax.jit(lambda params, images: measure(run.model, params, images))(run.params, images_of(run))
     reasons = degenerate(run.model, run.params, run.config.model.image_shape)
+    return as_rows(by_layer, reasons)
+
+
+def report_maps(maps: Maps) -> list[dict[str, Any]]:
+    """Returns of each head in a file of attention maps its layer, number and what can be said from maps alone."""
+    return as_rows({number: of_maps(layer) for number, layer in enumerate(maps.layers)}, {})
+
+
+def as_rows(
+    by_layer: Mapping[int, Mapping[str, Shaped[Array | np.ndarray, "heads *_"]]], reasons: Mapping[int, dict[int, str]]
+) -> list[dict[str, Any]]:
+    """Returns a row for each head, given the numbers of each layer's heads, and why some are degenerate."""
     rows = []
     for layer, numbers in by_layer.items():
         for head in range(len(numbers["entropy"])):
             row = {name: np.asarray(values[head]) for name, values in numbers.items()}
-            rows.append({"layer": layer, "head": head, **row, "degenerate": reasons[layer].get(head)})
+            rows.append({"layer": layer, "head": head, **row, "degenerate": reasons.get(layer, {}).get(head)})
     return rows
 
 
@@ -146,8 +161,15 @@ def main(argv):
     for name, goes_with in GOES_WITH.items():
         if given[name].value != given[name].default and what != goes_with:
             raise UserError(f"--{name} goes with {goes_with} alone.")
+    if (given.workdir is None) == (given.maps is None):
+        raise UserError(f"{what} needs --workdir=RUN{', or --maps=FILE in its place' * (what == 'report')}.")
+    if given.maps is not None and given["step"].present:
+        raise UserError("--step goes with --workdir, not with --maps.")
     if what == "report":
-        rows = report(load_run(given.workdir, cli.step()))
+        if given.maps is not None:
+            rows = report_maps(maps.read(paths.resolve(given.maps, "--maps")))
+        else:
+            rows = report(load_run(given.workdir, cli.step()))
         print(as_json(rows) if given.json else as_table(rows))
         return
     if given.out is None:
@@ -159,7 +181,7 @@ def main(argv):
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "The run's workdir.")
-    flags.mark_flag_as_required("workdir")
+    flags.DEFINE_string("maps", None, "A file of attention maps to report in the place of a run.")
     flags.DEFINE_bool("json", False, "Print the report as JSON.")
     flags.DEFINE_string("out", None, "The workdir that prune makes.")
     flags.DEFINE_list("heads", [], "What prune removes: layer:head, as in 2:0,2:5.")

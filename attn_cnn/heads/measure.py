@@ -33,10 +33,19 @@ class Attended(NamedTuple):
     Attributes:
       by_shift: probability of each shift of the grid; shift (0, 0) is in the middle.
       entropy: of a query's probabilities, in nats.
+      central: probabilities of the query in the middle of the grid, [H // 2, W // 2].
     """
 
     by_shift: Float[Array, "heads shifts_of_rows shifts_of_columns"]
     entropy: Float[Array, "heads"]
+    central: Float[Array, "heads H W"]
+
+    @classmethod
+    def of(cls, A: Probabilities, weight: Float[Array, ""] | float) -> "Attended":
+        """Returns what the queries of one image attend to, times the weight of the image."""
+        seen = by_shift(A)
+        row, column = ((side + 1) // 2 // 2 for side in seen.shape[1:])
+        return jax.tree.map(lambda values: weight * values, cls(seen, entropy(A), of_query(A, row, column)))
 
 
 def attended(layer: LayerHeads, weights: Float[Array, "batch"]) -> Attended:
@@ -50,8 +59,7 @@ def attended(layer: LayerHeads, weights: Float[Array, "batch"]) -> Attended:
 
     def of_image(weighted):
         image, weight = weighted
-        A = encoding.probabilities(image)
-        return Attended(weight * by_shift(A), weight * entropy(A))
+        return Attended.of(encoding.probabilities(image), weight)
 
     return jax.tree.map(lambda values: values.sum(0), jax.lax.map(of_image, (x, weights)))
 
@@ -75,6 +83,19 @@ def by_shift(A: Probabilities) -> Float[Array, "heads shifts_of_rows shifts_of_c
     return einsum("hijr,hijc->hrc", rows, columns) / (height * width)
 
 
+def of_query(A: Probabilities, row: int, column: int) -> Float[Array, "heads H W"]:
+    """Returns the probabilities of one query pixel."""
+    if isinstance(A, Weighted):
+        parts = (of_query(part, row, column) for part in A.parts)
+        return sum(weights[:, None, None] * part for weights, part in zip(A.weights, parts, strict=True))
+    if isinstance(A, Whole):
+        return A.values[:, row, column]
+    # An axis of size 1 stands for all queries.
+    rows = A.row[:, row, column % A.row.shape[2]]
+    columns = A.column[:, row % A.column.shape[1], column]
+    return rows[:, :, None] * columns[:, None]
+
+
 def _shift_of(side: int) -> Float[Array, "{side} {side} 2*{side}-1"]:
     """Returns 1 where the shift from the query (first axis) to the key is that of the last axis, else 0."""
     along = jnp.arange(side)
@@ -90,6 +111,20 @@ def entropy(A: Probabilities) -> Float[Array, "heads"]:
 
 def head_numbers(encoding: Encoding, seen: Attended) -> Numbers:
     """Returns what the heads of a layer do, by the names that `history` documents."""
+    height, width = seen.central.shape[1:]
+    rows, columns = jnp.arange(1 - height, height), jnp.arange(1 - width, width)
+    return numbers_of_maps(seen) | _parameters(encoding, rows, columns) | encoding.numbers()
+
+
+def of_maps(maps: Shaped[Array | np.ndarray, "images heads H W H W"]) -> dict[str, np.ndarray]:
+    """Returns the numbers of the heads of one layer, given their attention maps of some images."""
+    of_image = jax.jit(lambda image: Attended.of(Whole(image), 1 / len(maps)))
+    seen = [of_image(jnp.asarray(image, jnp.float32)) for image in maps]
+    return jax.tree.map(np.asarray, numbers_of_maps(jax.tree.map(lambda *values: sum(values), *seen)))
+
+
+def numbers_of_maps(seen: Attended) -> Numbers:
+    """Returns what can be said of heads whose maps alone are known."""
     P = seen.by_shift
     height, width = ((side + 1) // 2 for side in P.shape[1:])
     rows, columns = jnp.arange(1 - height, height), jnp.arange(1 - width, width)
@@ -99,7 +134,7 @@ def head_numbers(encoding: Encoding, seen: Attended) -> Numbers:
     off = d - mean[:, None, None]
     covariance = einsum("hrc,hrcx,hrcy->hxy", P, off, off)
     ring = jnp.abs(d).max(-1)
-    numbers = {
+    return {
         "grid": jnp.broadcast_to(jnp.array([height, width], jnp.float32), mean.shape),
         "mean_shift": mean,
         "covariance": covariance,
@@ -110,7 +145,6 @@ def head_numbers(encoding: Encoding, seen: Attended) -> Numbers:
         "mass_5x5": P.sum((1, 2), where=ring <= 2),
         "most_attended_shift": d.reshape(-1, 2)[P.reshape(len(P), -1).argmax(-1)],
     }
-    return numbers | _parameters(encoding, rows, columns) | encoding.numbers()
 
 
 def _parameters(encoding: Encoding, rows: Int[Array, "rows"], columns: Int[Array, "columns"]) -> Numbers:
@@ -142,6 +176,7 @@ def measure(
     images: Float[Array, "batch height width channels"],
     weights: Float[Array, "batch"] | None = None,
     axis: str | None = None,
+    central: bool = False,
 ) -> dict[int, Numbers]:
     """Returns the numbers of the heads of each attention layer, by the layer's number.
 
@@ -151,12 +186,17 @@ def measure(
       images: normalised images, NHWC, over which to average; position-only encodings see their shape alone.
       weights: of the images, with sum 1; None: the same for all.
       axis: mapped axis over which the images are spread; the weights sum to 1 over all of it.
+      central: whether `Attended.central` is among the numbers, too, where heads are no Gaussians.
     """
     weights = jnp.full(len(images), 1 / len(images)) if weights is None else weights
     layers = heads_of_layers(module, params, images)
     seen = {number: attended(layer, weights) for number, layer in layers.items()}
     seen = jax.lax.psum(seen, axis) if axis else seen
-    return {number: head_numbers(layer.encoding, seen[number]) for number, layer in layers.items()}
+    numbers = {number: head_numbers(layer.encoding, seen[number]) for number, layer in layers.items()}
+    for number, layer in layers.items():
+        if central and (layer.encoding.needs_x or layer.encoding.gaussians() is None):
+            numbers[number]["central"] = seen[number].central
+    return numbers
 
 
 def stacked(by_layer: Mapping[int, Mapping[str, Shaped[Array, "heads *shape"]]], layers: int) -> dict[str, np.ndarray]:
