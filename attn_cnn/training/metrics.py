@@ -14,16 +14,22 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
+import numpy as np
+import PIL.Image
 from etils import epath
+from jaxtyping import UInt8
 
+from attn_cnn import schema
 from attn_cnn.errors import UserError, first_line
 from attn_cnn.training import quiet_tensorflow
 
 log = logging.getLogger("attn_cnn")
 
+FIELDS = {"every_epochs": schema.integer(0, 100_000, default=0)}  # config.figures: how often an image is written
+
 
 class Writer:
-    """Writes scalars to event files in `directory`; on several hosts process 0 does, the others do nothing.
+    """Writes scalars and images to event files in `directory`; on several hosts process 0 does, the others do nothing.
 
     First it drops what a former process wrote beyond the checkpoint of `step` (see `trim`). clu's writer lives on a
     thread of its own: importing TensorFlow takes seconds that training need not wait for.
@@ -32,15 +38,30 @@ class Writer:
     def __init__(self, directory: epath.Path, step: int, evaluated: bool):
         self._writing = jax.process_index() == 0
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="metrics")
+        self._painter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="images")
         self._pending: list[Future] = []
+        self._images: list[Future] = []
         self._writer = self._submit(lambda: _open(directory, step, evaluated))
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Starts to write; a failure is raised by `flush`."""
         self._submit(lambda: self._writer.result().write_scalars(step, scalars))
 
+    def write_image(self, step: int, tag: str, draw: Callable[[], UInt8[np.ndarray, "height width 3"]]) -> None:
+        """Starts to draw an image on a thread of its own, and to write it; a failure is raised at the end.
+
+        `flush` does not wait for it: a process that dies may leave its last image out, never one twice.
+        """
+
+        def write():
+            image = draw()[None]
+            self._thread.submit(lambda: self._writer.result().write_images(step, {tag: image})).result()
+
+        if self._writing:
+            self._images.append(self._painter.submit(write))
+
     def flush(self) -> None:
-        """Returns when everything written is on disk.
+        """Returns when all scalars are on disk.
 
         Raises:
           UserError: it cannot be written.
@@ -57,7 +78,9 @@ class Writer:
         return self
 
     def __exit__(self, kind, *_):
+        self._painter.shutdown(cancel_futures=kind is not None)
         if kind is None:
+            self._pending += self._images
             self.flush()
         self._thread.shutdown()
 
@@ -83,6 +106,20 @@ class PlainWriter:
 
         summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()])
         self._writer.add_event(Event(wall_time=time.time(), step=step, summary=summary))
+
+    def write_images(self, step: int, images: dict[str, UInt8[np.ndarray, "1 height width 3"]]) -> None:
+        """Starts to write."""
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        for tag, (image,) in images.items():
+            content = io.BytesIO()
+            PIL.Image.fromarray(image).save(content, format="PNG")
+            encoded = Summary.Image(
+                height=image.shape[0], width=image.shape[1], colorspace=3, encoded_image_string=content.getvalue()
+            )
+            summary = Summary(value=[Summary.Value(tag=tag, image=encoded)])
+            self._writer.add_event(Event(wall_time=time.time(), step=step, summary=summary))
 
     def flush(self) -> None:
         """Returns when everything is on disk."""
@@ -130,6 +167,8 @@ def read(directory: epath.Path) -> list[tuple[int, str, float]]:
     for path in sorted(directory.glob("events.out.tfevents.*")):
         for event in _events(path):
             for v in event.summary.value:
+                if v.HasField("image") or v.metadata.plugin_data.plugin_name == "images":
+                    continue
                 value = v.simple_value if v.HasField("simple_value") else make_ndarray(v.tensor)
                 scalars.append((event.step, v.tag, float(value)))
     return scalars
