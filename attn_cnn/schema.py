@@ -108,13 +108,20 @@ def flatten(config: ml_collections.ConfigDict, prefix: str = "") -> dict[str, An
 
 
 def completed(config: ml_collections.ConfigDict, fields: Mapping[str, Field]) -> ml_collections.ConfigDict:
-    """Returns a copy of `config` in which the fields that it lacks have their defaults."""
+    """Returns a copy of `config` in which the fields that it lacks have their defaults.
+
+    A group of fields that is missing whole is there, too, where all of them have one.
+    """
     config = ml_collections.ConfigDict(plain(config.to_dict()))
     defaults = {name: field.default for name, field in fields.items() if field.default is not REQUIRED}
     for name, default in defaults.items():
         *parents, leaf = name.split(".")
         holder = config
-        for parent in parents:
+        for depth, parent in enumerate(parents, 1):
+            group = ".".join(parents[:depth]) + "."
+            optional = all(name in defaults for name in fields if name.startswith(group))
+            if optional and isinstance(holder, ml_collections.ConfigDict) and parent not in holder:
+                holder[parent] = ml_collections.ConfigDict()
             holder = holder.get(parent) if isinstance(holder, ml_collections.ConfigDict) else None
         if isinstance(holder, ml_collections.ConfigDict) and leaf not in holder:
             holder[leaf] = default

@@ -141,6 +141,7 @@ def run() -> ml_collections.ConfigDict:
                 "decay_epochs": (),
             },
             "checkpoint": {"every_epochs": 1, "keep": 3, "history_epochs": 0},  # a checkpoint of so many epochs stays
+            "figures": {"every_epochs": 0},  # where heads look, drawn for TensorBoard; 0: never
         }
     )
 

@@ -159,6 +159,11 @@ def test_parameters_that_start_afresh_need_a_run_to_start_from():
         ),
         (
             "quadratic",
+            {"figures.every_epochs": 5, "model.heads": 0, "model.init": "random"},
+            "figures.every_epochs is 5, but this model has no heads to draw; set it to 0",
+        ),
+        (
+            "quadratic",
             {"checkpoint.history_epochs": 15, "checkpoint.every_epochs": 10},
             "history_epochs is 15, but only every 10 epochs there is a checkpoint",
         ),

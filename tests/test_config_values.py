@@ -146,7 +146,7 @@ def test_a_value_that_passes_makes_a_training_step_or_is_too_large(experiment, f
 
 
 DEFAULTS = {"label_smoothing", "condition_penalty", "init_from", "init_except", "micro_batch_size"}
-DEFAULTS |= {"degenerate_heads", "freeze", "checkpoint.history_epochs"}
+DEFAULTS |= {"degenerate_heads", "freeze", "checkpoint.history_epochs", "figures.every_epochs"}
 DEFAULTS |= {
     f"data.{name}" for name in ("train_split", "test_split", "image_size", "train_fraction", "validation_fraction")
 }

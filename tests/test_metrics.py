@@ -1,5 +1,10 @@
 """Metrics: on disk when flushed, and each step once however often the process began."""
 
+import io
+import threading
+
+import numpy as np
+import PIL.Image
 import pytest
 from etils import epath
 
@@ -53,3 +58,56 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     directory = epath.Path(tmp_path) / "file" / "metrics"
     with pytest.raises(UserError, match="cannot be written"), metrics.Writer(directory, 0, True) as writer:
         writer.write(1, {"loss": 1.0})
+
+
+IMAGE = np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8)
+
+
+def images(directory):
+    """(step, tag, pixels) of every image in the event files."""
+    found = []
+    for path in sorted(directory.glob("events*")):
+        for event in metrics._events(path):
+            for value in event.summary.value:
+                encoded = value.image.encoded_image_string or (value.tensor.string_val or [b"", b"", b""])[2]
+                if encoded:
+                    found.append((event.step, value.tag, np.asarray(PIL.Image.open(io.BytesIO(encoded)))))
+    return found
+
+
+@pytest.mark.parametrize("tensorflow", [True, False], ids=["with TensorFlow", "without"])
+def test_an_image_is_written_with_the_scalars_beside_it(tmp_path, monkeypatch, tensorflow):
+    if not tensorflow:
+        monkeypatch.setattr(metrics, "_open", lambda directory, *_: metrics.PlainWriter(directory))
+    directory = epath.Path(tmp_path)
+    with metrics.Writer(directory, 0, True) as writer:
+        writer.write_image(10, "heads/attention", lambda: IMAGE)
+        writer.write(10, {"test/loss": 0.5})
+    ((step, tag, pixels),) = images(directory)
+    assert (step, tag) == (10, "heads/attention")
+    np.testing.assert_array_equal(pixels, IMAGE)
+    assert steps(directory) == [(10, "test/loss")]
+
+
+def test_drawing_holds_up_neither_scalars_nor_their_flush(tmp_path):
+    directory, released = epath.Path(tmp_path), threading.Event()
+
+    def draw():
+        released.wait()
+        return IMAGE
+
+    with metrics.Writer(directory, 0, True) as writer:
+        writer.write_image(10, "heads/attention", draw)
+        writer.write(10, {"test/loss": 0.5})
+        writer.flush()
+        assert steps(directory) == [(10, "test/loss")] and not images(directory)
+        released.set()
+    assert len(images(directory)) == 1
+
+
+def test_a_checkpoint_before_its_evaluation_does_not_know_its_image(tmp_path):
+    directory = epath.Path(tmp_path)
+    with metrics.Writer(directory, 0, True) as writer:
+        writer.write_image(10, "heads/attention", lambda: IMAGE)
+    metrics.trim(directory, 10, evaluated=False)
+    assert not images(directory)

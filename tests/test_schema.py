@@ -101,13 +101,13 @@ FIELDS = {
 
 
 def test_fields_that_are_missing_have_their_defaults_however_deep():
-    config = ml_collections.ConfigDict({"data": {"name": "digits", "crop": {}}})
+    config = ml_collections.ConfigDict({"data": {"name": "digits"}})
     completed = schema.completed(config, FIELDS)
     assert completed.to_dict() == {
         "penalty": 0.0,
         "data": {"name": "digits", "flip": True, "crop": {"padding": 4}},
     }
-    assert config.to_dict() == {"data": {"name": "digits", "crop": {}}}
+    assert config.to_dict() == {"data": {"name": "digits"}}
 
 
 def test_what_is_there_stays_and_the_copy_is_a_copy():
@@ -118,7 +118,9 @@ def test_what_is_there_stays_and_the_copy_is_a_copy():
     assert config.data.flip is False
 
 
-@pytest.mark.parametrize("values", [{}, {"data": 3}, {"data": "digits"}, {"penalty": {"a": 1}, "data": {"flip": {}}}])
+@pytest.mark.parametrize(
+    "values", [{}, {"data": 3}, {"data": "digits"}, {"penalty": {"a": 1}, "data": {"flip": {}, "crop": 1}}]
+)
 def test_what_stands_in_the_place_of_fields_is_left_to_the_check(values):
     config = schema.completed(ml_collections.ConfigDict(values), FIELDS)
     assert config.to_dict() == {"penalty": 0.0} | values

@@ -20,7 +20,7 @@ from attn_cnn import schema
 from attn_cnn.errors import UserError
 from attn_cnn.heads import surgery as surgery_lib
 from attn_cnn.heads.surgery import Surgery
-from attn_cnn.training import checkpoint, data, devices, optim
+from attn_cnn.training import checkpoint, data, devices, metrics, optim
 from attn_cnn.training.dataset import Spec
 
 FIELDS = {
@@ -44,6 +44,7 @@ FIELDS = {
     **{f"data.{name}": field for name, field in data.FIELDS.items()},
     **{f"optimizer.{name}": field for name, field in optim.FIELDS.items()},
     **{f"checkpoint.{name}": field for name, field in checkpoint.FIELDS.items()},
+    **{f"figures.{name}": field for name, field in metrics.FIELDS.items()},
 }
 
 
@@ -67,6 +68,11 @@ def checked(config: ml_collections.ConfigDict, spec: Spec | None = None) -> ml_c
         raise UserError(
             f"config.checkpoint.history_epochs is {config.checkpoint.history_epochs}, but only every "
             f"{config.checkpoint.every_epochs} epochs there is a checkpoint (every_epochs); set it to a multiple."
+        )
+    if config.figures.every_epochs and not model_lib.has_heads(config.model):
+        raise UserError(
+            f"config.figures.every_epochs is {config.figures.every_epochs}, but this model has no heads to draw; "
+            "set it to 0."
         )
     if config.micro_batch_size and config.model.name == "resnet18":
         raise UserError(

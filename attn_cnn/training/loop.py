@@ -9,8 +9,9 @@ import jax
 import numpy as np
 import tqdm
 
+from attn_cnn import drawing
 from attn_cnn.errors import Stopped, UserError
-from attn_cnn.heads import history
+from attn_cnn.heads import history, views
 from attn_cnn.training import devices
 from attn_cnn.training.checkpoint import Checkpoints
 from attn_cnn.training.dataset import Dataset
@@ -22,6 +23,8 @@ from attn_cnn.training.stopping import Interrupt, Vote
 from attn_cnn.training.tracing import Profile
 
 log = logging.getLogger("attn_cnn")
+
+ATTENTION = "heads/attention"  # tag of the image of where heads look; `metrics.trim` knows what begins with heads/
 
 
 class Loop:
@@ -98,8 +101,12 @@ class Loop:
     def write_heads(self, step: int, numbers: dict[str, np.ndarray]) -> None:
         """Writes what each head does; on several hosts process 0 does."""
         self.writer.write(step, history.scalars(numbers))
-        epoch = step // self.experiment.steps_per_epoch
-        devices.on_every_host(lambda: self.heads.append(epoch, step, numbers) if self.heads else None)
+        epoch, every = step // self.experiment.steps_per_epoch, self.experiment.config.figures.every_epochs
+        if every and epoch % every == 0:
+            seen = views.of_numbers(numbers)
+            self.writer.write_image(step, ATTENTION, lambda: drawing.pixels(drawing.attention(seen)))
+        kept = {name: values for name, values in numbers.items() if name != "central"}  # which images alone need
+        devices.on_every_host(lambda: self.heads.append(epoch, step, kept) if self.heads else None)
 
     def save(self, step: int) -> None:
         """Writes a checkpoint, after the metrics that came before it."""

@@ -187,7 +187,8 @@ def measure_step(
     counts = places[0] >= 0
     x = augment.normalize(images[jnp.where(counts, places[0], 0)], experiment.spec.mean, experiment.spec.std)
     weights = counts / jax.lax.psum(counts.sum(), devices.AXIS)
-    return measure(experiment.model, params, x, weights, devices.AXIS)
+    drawn = experiment.config.figures.every_epochs > 0
+    return measure(experiment.model, params, x, weights, devices.AXIS, central=drawn)
 
 
 def create_measure(experiment: Experiment, images: Array) -> Callable[[TrainState], dict[str, np.ndarray]] | None:

@@ -37,6 +37,7 @@ HARMLESS = frozenset(
         "checkpoint.keep",
         "checkpoint.every_epochs",
         "checkpoint.history_epochs",
+        "figures.every_epochs",
         "log_every_steps",
         "eval_batch_size",
         "micro_batch_size",
