@@ -8,7 +8,10 @@ import pytest
 
 MISTAKES = {
     "scale": (["--config=configs/quadratic.py:huge"], "unknown scale 'huge'"),
-    "file": (["--config=configs/nothing.py"], "configs/nothing.py is no config; configs holds gated.py, learned.py"),
+    "file": (
+        ["--config=configs/nothing.py"],
+        "configs/nothing.py is no config; configs holds convolution.py, gated.py",
+    ),
     "field": (["--config=configs/quadratic.py", "--config.foo=1"], "unknown field config.foo"),
     "family": (["--config=configs/resnet18.py", "--config.model.heads=3"], "has no field 'heads'"),
     "type": (["--config=configs/quadratic.py", "--config.seed=abc"], "--config.seed=abc"),

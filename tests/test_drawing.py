@@ -33,5 +33,6 @@ def test_lines_draws_a_line_for_each_series_and_gaps_for_what_is_missing():
 
 
 def test_what_cannot_be_written_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"none/figure.png cannot be written"):
-        drawing.save(drawing.lines([1], {"a": [1]}), epath.Path(tmp_path) / "none" / "figure.png")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/figure.png cannot be written"):
+        drawing.save(drawing.lines([1], {"a": [1]}), epath.Path(tmp_path) / "file" / "figure.png")

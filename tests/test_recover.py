@@ -21,7 +21,7 @@ from attn_cnn.convolution.recover import recover, recover_maps
 from attn_cnn.convolution.replace import Cut, replaced_config, replaced_params, replacing, sees_all, tuned_run
 from attn_cnn.convolution.theorem import EXACT_SPREAD
 from attn_cnn.errors import UserError
-from attn_cnn.maps import write_maps
+from attn_cnn.maps import Maps, write
 from attn_cnn.model import create_model
 from attn_cnn.training.data import SPECS
 from attn_cnn.training.experiment import create_experiment, random_state
@@ -156,7 +156,7 @@ def test_runs_without_attention_are_refused():
 
 def maps_report():
     maps = np.random.default_rng(0).exponential(size=(3, 2, 4, 5, 4, 5))
-    return recover_maps([maps / maps.sum((-2, -1), keepdims=True)] * 2)
+    return recover_maps(Maps([maps / maps.sum((-2, -1), keepdims=True)] * 2))
 
 
 def test_the_text_names_layers_heads_and_shares():
@@ -214,7 +214,7 @@ def test_the_command_reports_anyones_maps(tmp_path):
     maps = np.zeros((1, 1, 4, 4, 4, 4), np.float32)
     for i, j in np.ndindex(4, 4):
         maps[0, 0, i, j, i, min(j + 1, 3)] = 1
-    write_maps(epath.Path(tmp_path) / "vit.npz", [maps])
+    write(epath.Path(tmp_path) / "vit.npz", Maps([maps]))
     done = command(f"--maps={tmp_path / 'vit.npz'}")
     assert done.returncode == 0, done.stderr
     assert "0, 1" in done.stdout and "1x1" in done.stdout
