@@ -146,8 +146,8 @@ UNBOUNDED = Device("any", sys.maxsize)  # everything goes in one block: of a loo
 # On a CPU 4 MB of float32 stay in its caches: up to 1.3 times as fast as whole batches at a 16x16 grid
 # (benchmarks/RESULTS.md).
 CPU_BLOCK = 2**20
-# Small grids are mixed by one head after another, for as many images as make one large one: up to 1.8 times as fast.
-CPU_GRID = 2**16
+# Small grids are mixed by one head after another, for as many images as fill a block (docs/recipe.md).
+CPU_SMALL_GRID = 2**15
 # Accelerators want large products; what one block holds, in float32, takes at most a sixteenth of the memory.
 BYTES_PER_BLOCK_VALUE = 64
 UNKNOWN_MEMORY = 2**33
@@ -191,8 +191,8 @@ def choose_blocks(
     block = CPU_BLOCK if on_cpu else (device.memory or UNKNOWN_MEMORY) // BYTES_PER_BLOCK_VALUE
     held = largest_divisor(heads, block // pixels**2) if whole and not needs_x else heads
     values_of_head = pixels * (max(features, pixels) if needs_x else features)
-    if on_cpu and not needs_x and 2 * values_of_head <= CPU_GRID and not jax.export.is_symbolic_dim(batch):
-        return Blocks(held, 1, even_share(batch, CPU_GRID // values_of_head))
+    if on_cpu and not needs_x and values_of_head <= CPU_SMALL_GRID and not jax.export.is_symbolic_dim(batch):
+        return Blocks(held, 1, even_share(batch, CPU_BLOCK // values_of_head))
     at_once = largest_divisor(held, block // values_of_head)
     if jax.export.is_symbolic_dim(batch) or at_once < heads:
         return Blocks(held, at_once, 1)
