@@ -1,0 +1,74 @@
+"use strict";
+/** The view as a picture, PNG or SVG, and its numbers as CSV. */
+
+/** Returns every number of the view: a row for each run, layer, head and key. */
+function asCsv() {
+  const rows = ["run,layer,head,query_row,query_column,key_row,key_column,probability,score"];
+  for (const run of compared() ? [state.run, state.other] : [state.run]) {
+    const kept = state.values;
+    state.values = "scores";
+    allMaps(run).forEach((heads, n) =>
+      heads.forEach(({ P, values, grid, query }, head) => {
+        for (let key = 0; key < P.length; key++) {
+          const place = [...query, Math.floor(key / grid[1]), key % grid[1]];
+          rows.push([quoted(views[run].name), n + 1, head + 1, ...place, +P[key].toPrecision(7), +values[key].toPrecision(7)].join());
+        }
+      }),
+    );
+    state.values = kept;
+  }
+  return `${rows.join("\n")}\n`;
+}
+
+/** Returns a cell of CSV; one that a spreadsheet would take for a formula gets an apostrophe. */
+function quoted(text) {
+  const safe = /^[=+\-@]/.test(text) ? `'${text}` : text;
+  return /[",\n']/.test(safe) ? `"${safe.replace(/"/g, '""')}"` : safe;
+}
+
+const FIGURE_WIDTH = 960;
+
+/** Returns what the page shows of all heads, ready to be drawn: parts with a title, maps and tiles, and the height. */
+function figure() {
+  let top = 0;
+  const parts = shownMaps().map(({ title, maps }) => {
+    const tiles = tilesOf(maps, FIGURE_WIDTH - 22, top + 56);
+    top = tiles.height + 12;
+    return { title, maps, tiles };
+  });
+  return { parts, height: top };
+}
+
+function drawFigure(pen, { parts, height }) {
+  const colors = palette();
+  pen.rectangle(0, 0, FIGURE_WIDTH, height, colors.surface);
+  for (const { title, maps, tiles } of parts) {
+    pen.text(title, 22, tiles.top - 30, colors.text, 14, "start", 600);
+    drawMaps(pen, maps, tiles, colors, ground(colors));
+  }
+}
+
+/** Returns the view as SVG. */
+function asSvg() {
+  const drawn = figure();
+  const pen = svgPen(FIGURE_WIDTH, drawn.height);
+  drawFigure(pen, drawn);
+  return pen.end();
+}
+
+/** Returns the view as a PNG. */
+function asPng() {
+  const drawn = figure();
+  const canvas = document.createElement("canvas");
+  drawFigure(canvasPen(canvas, FIGURE_WIDTH, drawn.height), drawn);
+  return new Promise((done) => canvas.toBlob(done, "image/png"));
+}
+
+/** Hands a file to the browser to save. */
+function save(content, type, ending) {
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(content instanceof Blob ? content : new Blob([content], { type }));
+  link.download = `${view().name.replace(/[^\w.-]+/g, "_")}_heads.${ending}`;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+}

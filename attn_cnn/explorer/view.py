@@ -1,0 +1,225 @@
+"""What the page knows of a run beside its network: images, predictions, the heads of each layer, and their history.
+
+A view is plain dicts and lists with NumPy arrays in them; `page.pack` writes it, `static/mathematics.js` reads it.
+
+    name, about, step             to read; of maps that come alone, what follows but `layers` is missing
+    classes, mean, std            as `load_run` has them
+    images, labels                of the first test images, uint8 (images, height, width, channels)
+    probabilities                 of the classes for each image, as --mode=predict computes them
+    layers, one for each layer that has attention:
+        name, number              to read; its place among all layers, which the history counts
+        grid, padding             rows and columns of pixels; zeros around them, which are attended to as well
+        parameters                what scores need: `encoding`, its name, and its arrays
+        features                  what the layer sees of each image, (images, H, W, features), where scores depend on it
+        gram                      <W_h, W_g>, the products of the value maps: energies of kernels follow from it
+    history                       of the heads, by epoch; arrays as `heads.npz` documents them
+
+An encoding is written by its name where the page can compute its scores, which is so for the project's own. Of another
+one, the page gets the scores by shift (`by_shift`) or, where these depend on the image, maps in 8 bits (`maps`).
+"""
+
+import functools
+from typing import Any
+
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jaxtyping import Float, Shaped, UInt8
+
+from attn_cnn import predict
+from attn_cnn.attention import LayerHeads, heads_of_layers
+from attn_cnn.encodings import Encoding, Quadratic
+from attn_cnn.errors import UserError, first_line
+from attn_cnn.explorer.network import Step
+from attn_cnn.training import augment, data
+from attn_cnn.training.experiment import Run, load_run
+
+# Encodings whose scores static/mathematics.js computes.
+KNOWN = (
+    "quadratic",
+    "quadratic_generalized",
+    "learned",
+    "learned_query",
+    "learned_content",
+    "learned_content_position",
+    "gated",
+)
+EPOCHS = 100  # that a history is thinned to
+
+View = dict[str, Any]
+
+
+def of_run(run: Run, name: str, images: int, steps: list[Step], half: bool) -> View:
+    """Returns the view of a run with its first `images` test images.
+
+    Args:
+      run: the run.
+      name: what to call it.
+      images: number of images.
+      steps: the steps of its network.
+      half: whether large arrays are written in half precision.
+
+    Raises:
+      UserError: the run's data cannot be read.
+    """
+    dataset = data.load_part(run.config.data)
+    shown = dataset.test_images[:images]
+    normalised = augment.normalize(shown, run.mean, run.std)
+    return {
+        "name": name,
+        "about": about(run),
+        "step": run.step,
+        "classes": list(run.spec.names),
+        "mean": list(run.mean),
+        "std": list(run.std),
+        "images": shown,
+        "labels": dataset.test_labels[:images].tolist(),
+        "probabilities": predict.predict(run, shown),
+        "layers": layers(run, normalised, steps, half),
+    }
+
+
+def about(run: Run) -> str:
+    """Returns a line on a run's model and data."""
+    model = run.config.model
+    if model.name == "resnet18":
+        what = f"ResNet-18, width {model.width}"
+    else:
+        what = f"{model.encoding.replace('_', ' ')} encoding, {model.layers} layers"
+    return f"{what}, {run.config.data.name.rpartition('/')[2]}, step {run.step:,}"
+
+
+def of_maps(name: str, maps: list[Float[np.ndarray, "images heads H W H W"]]) -> View:
+    """Returns the view of the attention maps of any transformer, one array a layer."""
+    of_layers = [
+        {
+            "name": f"Layer {number + 1}",
+            "number": number,
+            "grid": list(layer.shape[2:4]),
+            "padding": 0,
+            "parameters": in_8_bits(layer),
+        }
+        for number, layer in enumerate(maps)
+    ]
+    return {"name": name, "about": f"{len(maps)} layers of maps", "layers": of_layers}
+
+
+def in_8_bits(maps: Shaped[np.ndarray, "images heads H W H W"]) -> dict[str, Any]:
+    """Returns maps as multiples of 1/255 of each query's largest probability."""
+    images, heads, height, width, *_ = maps.shape
+    flat = np.asarray(maps, np.float32).reshape(images, heads, height * width, height * width)
+    largest = flat.max(-1)
+    return {
+        "encoding": "maps",
+        "maps": np.round(255 * flat / largest[..., None]).astype(np.uint8),
+        "largest": largest,
+    }
+
+
+def layers(run: Run, images: Float[jax.Array, "_ height width channels"], steps: list[Step], half: bool) -> list[View]:
+    """Returns what the page knows of each layer that has attention."""
+    attention = [step for step in steps if step["op"] == "attention" and "layer" in step]
+    if run.config.model.name == "resnet18":
+        found = [_expressed_layer(*layer) for layer in expressed(run.params, run.config.model.image_shape[:2])]
+    else:
+        heads = jax.jit(functools.partial(heads_of_layers, run.model))(run.params, images)
+        found = [_layer(number, *layer, half) for number, layer in heads.items()]
+    for layer, step in zip(found, attention, strict=True):
+        value = step["value"].reshape(len(step["value"]), -1)
+        layer["gram"] = value @ value.T
+    return found
+
+
+def _layer(number: int, encoding: Encoding, x: Float[jax.Array, "_ H W features"], half: bool) -> View:
+    height, width = x.shape[1:3]
+    layer = {"name": f"Layer {number + 1}", "number": number, "grid": [height, width], "padding": 0}
+    if encoding.name in KNOWN:
+        layer["parameters"] = {"encoding": encoding.name, **flax.serialization.to_state_dict(encoding)}
+        if encoding.needs_x:
+            layer["features"] = np.asarray(x)
+            if half:
+                layer = jax.tree.map(lambda a: np.asarray(a, np.float16) if np.size(a) > 10_000 else a, layer)
+        return layer
+    if encoding.needs_x:
+        maps = jax.lax.map(lambda image: encoding.probabilities(image).whole().values, x)
+        return layer | {"parameters": in_8_bits(np.asarray(maps))}
+    rows, columns = jnp.arange(1 - height, height), jnp.arange(1 - width, width)
+    scores = encoding.scores(rows[:, None], columns[None])
+    return layer | {"parameters": {"encoding": "by_shift", "scores": np.asarray(scores)}}
+
+
+def expressed(params: dict, grid: tuple[int, int]) -> list[tuple[str, dict, tuple[int, int]]]:
+    """Returns name, parameters and grid of each attention layer that stands in a ResNet for a convolution."""
+    found, side = [], 1
+    for name in ("conv1", *(f"stage{stage}_block{block}" for stage in range(4) for block in range(2))):
+        block = (
+            {name: params[name]}
+            if name == "conv1"
+            else {f"{name}/{conv}": params[name][conv] for conv in ("conv1", "conv2")}
+        )
+        for path, layer in block.items():
+            if "centers" in layer:
+                found.append((path, layer, (grid[0] // side, grid[1] // side)))
+            if path.endswith("_block0/conv1") and not path.startswith("stage0"):
+                side *= 2
+    return found
+
+
+def _expressed_layer(name: str, params: dict, grid: tuple[int, int]) -> View:
+    parameters = {"encoding": Quadratic.name, "centers": params["centers"], "spreads": params["spreads"]}
+    return {"name": name, "number": -1, "grid": list(grid), "padding": 1, "parameters": parameters}
+
+
+def history(workdir: epath.Path) -> dict[str, np.ndarray] | None:
+    """Returns what moved while the run in `workdir` trained, thinned to `EPOCHS`: from heads.npz, or its checkpoints.
+
+    Raises:
+      UserError: the file of numbers is damaged.
+    """
+    path = workdir / "heads.npz"
+    if not path.exists():
+        return trail(workdir)
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            numbers = dict(arrays)
+    except Exception as error:  # NumPy raises whatever the file led to
+        raise UserError(f"{path} is damaged: {first_line(error)}") from None
+    choices = (("center", "precision", "gate"), ("row_scores", "column_scores"), ("mean_shift", "covariance"))
+    names = next(names for names in choices if names[0] in numbers)
+    epochs = len(numbers["epoch"])
+    kept = np.unique(np.linspace(0, epochs - 1, min(epochs, EPOCHS)).round().astype(int))
+    return {name: numbers[name][kept] for name in ("epoch", *names) if name in numbers}
+
+
+def trail(workdir: epath.Path) -> dict[str, np.ndarray] | None:
+    """Returns centers and precisions of the heads at each checkpoint that is left, where they are Gaussians."""
+    steps = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
+    found = [_gaussians(load_run(workdir, step)) for step in steps]
+    if len(steps) < 2 or None in found:
+        return None
+    centers, precisions = zip(*found, strict=True)
+    return {"step": np.array(steps), "center": np.stack(centers), "precision": np.stack(precisions)}
+
+
+def _gaussians(run: Run) -> tuple[np.ndarray, np.ndarray] | None:
+    """Returns the centers and precisions of a run's heads, layer by layer; NaN where a layer has fewer heads."""
+    model = run.config.model
+    if model.name == "resnet18":
+        return None
+    heads: dict[int, LayerHeads] = heads_of_layers(run.model, run.params, jnp.zeros((1, *model.image_shape)))
+    gaussians = {number: layer.encoding.gaussians() for number, layer in heads.items()}
+    if not gaussians or None in gaussians.values():
+        return None
+    most = max(len(g.centers) for g in gaussians.values())
+    centers = np.full((model.layers, most, 2), np.nan, np.float32)
+    precisions = np.full((model.layers, most, 2, 2), np.nan, np.float32)
+    for number, (center, precision) in gaussians.items():
+        centers[number, : len(center)], precisions[number, : len(center)] = center, precision
+    return centers, precisions
+
+
+def shown_images(views: list[View]) -> UInt8[np.ndarray, "images height width channels"] | None:
+    """Returns the images of the first view that has some."""
+    return next((view["images"] for view in views if "images" in view), None)
