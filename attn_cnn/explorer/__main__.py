@@ -13,7 +13,7 @@ from etils import epath
 from attn_cnn import cli, paths
 from attn_cnn.errors import UserError, first_line
 
-INLINED_BYTES = 2 * 2**20  # of parameters in single precision; a larger network takes --weights
+INLINED_BYTES = 2 * 2**20  # of a network; a larger one takes --weights
 GOES_WITH = {"weights": "--workdir", "images": "--workdir", "step": "--workdir"}
 
 
@@ -23,7 +23,7 @@ def page_of_runs(workdirs: Sequence[epath.PathLike], images: int, weights: bool,
     Args:
       workdirs: of one run or several.
       images: number of test images to show.
-      weights: whether a network of more than `INLINED_BYTES` is part of the page, in half precision.
+      weights: whether a network is part of the page that takes more than `INLINED_BYTES` in half precision.
       step: which checkpoint, as `load_run` takes it.
 
     Raises:
@@ -37,13 +37,14 @@ def page_of_runs(workdirs: Sequence[epath.PathLike], images: int, weights: bool,
     for workdir in map(open_workdir, workdirs):
         run = load_run(workdir, step)
         steps = network.steps(run)
-        large = 4 * network.size(steps) > INLINED_BYTES
-        views.append(view.of_run(run, workdir.name, images, steps, half=large))
+        half = 4 * network.size(steps) > INLINED_BYTES
+        inlined = weights or 2 * network.size(steps) <= INLINED_BYTES
+        views.append(view.of_run(run, workdir.name, images, steps, half))
         views[-1]["history"] = view.history(workdir)
-        if any(layer["parameters"]["encoding"] == "maps" for layer in views[-1]["layers"]) or (large and not weights):
+        if any(layer["parameters"]["encoding"] == "maps" for layer in views[-1]["layers"]) or not inlined:
             networks.append(None)
         else:
-            networks.append([page.in_half_precision(step) for step in steps] if large else steps)
+            networks.append([page.in_half_precision(step) for step in steps] if half else steps)
     return page.build(views, networks)
 
 
@@ -108,7 +109,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("maps", None, "A file of attention maps.")
     flags.DEFINE_string("out", "page.html", "The page to write.")
     flags.DEFINE_integer("images", 20, "Number of test images to show.", lower_bound=1, upper_bound=1000)
-    flags.DEFINE_bool("weights", False, "Put networks of more than 2 MB into the page too, in half precision.")
+    flags.DEFINE_bool("weights", False, "Put large networks into the page too, in half precision.")
     flags.DEFINE_bool("serve", False, "Serve the page on this machine, and print its address.")
     cli.define_step()
     cli.run(main, config=False)

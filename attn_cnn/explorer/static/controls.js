@@ -47,9 +47,10 @@ function show() {
   showPicture(colors);
   showPrediction();
   if (view().layers.length) {
-    showMaps(colors);
-    showHead(colors);
-    showTheorem(colors);
+    const maps = allMaps(state.run);
+    showMaps(maps, colors);
+    showHead(maps[state.layer][state.head], colors);
+    showTheorem(maps[state.layer], colors);
   }
   soon("address", 250, () => history.replaceState(null, "", `#${stateText()}`));
   soon("reader", 350, showForReaders);
@@ -131,9 +132,8 @@ function showPrediction() {
   $("prediction-note").textContent = [truth, now_, cannot].filter(Boolean).join(" ");
 }
 
-/** Returns what the figure shows: one set of maps with its title, or two. */
-function shownMaps() {
-  const maps = allMaps(state.run);
+/** Returns what the figure shows of the maps of the run, and of those beside it: sets of maps, with a title each. */
+function shownMaps(maps) {
   const name = view().name;
   if (!compared()) return [{ title: name, maps }];
   const other = allMaps(state.other);
@@ -147,8 +147,8 @@ function tilesOf(maps, width, top) {
   return tiling(maps.length, Math.max(...maps.map((heads) => heads.length)), width, height / across, top);
 }
 
-function showMaps(colors) {
-  const shown = shownMaps();
+function showMaps(maps, colors) {
+  const shown = shownMaps(maps);
   $("other-figure").hidden = shown.length < 2;
   ["maps", "other-maps"].slice(0, shown.length).forEach((id, n) => {
     const canvas = $(id);
@@ -182,10 +182,9 @@ function showTraining() {
   $("training-note").textContent = note;
 }
 
-function showHead(colors) {
+function showHead(map, colors) {
   const { layers } = view();
   const parameters = currentParameters(state.run, state.layer);
-  const map = headMap(state.run, state.layer, state.head, { parameters });
   const canvas = $("large");
   const width = canvas.clientWidth;
   const height = (width * map.grid[0]) / map.grid[1];
@@ -243,13 +242,14 @@ function fill(select, names, chosen) {
   select.value = chosen;
 }
 
-function showTheorem(colors) {
+function showTheorem(asTheyAre, colors) {
   const layer = view().layers[state.layer];
   $("theorem-section").hidden = !layer.gram;
   if (!layer.gram) return;
   const [heads, sharpness] = [headsOf(layer.parameters), 2 ** state.sharpness];
   const parameters = currentParameters(state.run, state.layer);
-  const maps = Array.from({ length: heads }, (_, head) => headMap(state.run, state.layer, head, { parameters, sharpness }));
+  const sharp = (_, head) => headMap(state.run, state.layer, head, { parameters, sharpness });
+  const maps = sharpness === 1 ? asTheyAre : Array.from({ length: heads }, sharp);
   const P = maps.map((map) => map.P);
   const energy = energies(P, layer.gram);
   const { grid, query } = maps[0];
@@ -434,7 +434,9 @@ function buildImages() {
   live.own = live.result = null;
   $("own").hidden = $("own-hint").hidden = !networks[state.run];
   $("images-section").hidden = count < 2 && !networks[state.run];
-  for (const id of ["heads-section", "head-section", "theorem-section"]) $(id).hidden = !layers.length;
+  for (const id of ["heads-section", "head-section", "theorem-section", "saving", "details"]) $(id).hidden = !layers.length;
+  document.querySelector("main").className = layers.length ? "" : "headless";
+  $("title").textContent = layers.length ? "Where each head looks" : "What the network says";
   $("picture-title").textContent = layers.length ? "Query pixel" : "Picture";
   $("picture-help").hidden = !layers.length;
 }
@@ -484,7 +486,7 @@ function paint(event) {
   const { left, top, width: wide } = event.currentTarget.getBoundingClientRect();
   const [y, x] = [((event.clientY - top) * height) / wide, ((event.clientX - left) * width) / wide];
   const own = Uint8Array.from(live.own);
-  const radius = Math.max(width / 14, 0.8);
+  const radius = Math.max(width / 12, 1.3);
   for (let n = 0; n < height * width; n++) {
     const distance = Math.hypot(Math.floor(n / width) + 0.5 - y, (n % width) + 0.5 - x);
     const ink = 255 * Math.min(1, Math.max(0, 1.5 - distance / radius));

@@ -31,7 +31,7 @@ const FIGURE_WIDTH = 960;
 /** Returns what the page shows of all heads, ready to be drawn: parts with a title, maps and tiles, and the height. */
 function figure() {
   let top = 0;
-  const parts = shownMaps().map(({ title, maps }) => {
+  const parts = shownMaps(allMaps(state.run)).map(({ title, maps }) => {
     const tiles = tilesOf(maps, FIGURE_WIDTH - 22, top + 56);
     top = tiles.height + 12;
     return { title, maps, tiles };
