@@ -151,8 +151,8 @@ def test_everything_is_reached_and_used_by_keyboard_alone(one):
         if focused in ("outlines", "on"):
             one.keyboard.press("Space")
     settle(one)
-    wanted = "picture image draw pick values outlines maps play epoch layer head large on sharpness save-png save-svg save-csv"
-    assert {*wanted.split(), "copy"} <= set(reached)
+    wanted = "picture image draw pick values outlines maps play epoch layer head large on sharpness"
+    assert {*wanted.split(), "save-png", "save-svg", "save-csv", "copy"} <= set(reached)
     now = state(one)
     assert now["query"] == [1, 1] and now["head"] == 1 and now["values"] == "scores" and now["image"] == 1
     assert now["epoch"] == 0 and now["sharpness"] == 0.25 and not now["outlines"] and now["off"] == ["0:1"]

@@ -26,13 +26,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jaxtyping import Float, Shaped, UInt8
+from jaxtyping import Float, Shaped
 
 from attn_cnn import predict
 from attn_cnn.attention import LayerHeads, heads_of_layers
 from attn_cnn.encodings import Encoding, Quadratic
-from attn_cnn.errors import UserError, first_line
 from attn_cnn.explorer.network import Step
+from attn_cnn.heads import history as history_lib
 from attn_cnn.training import augment, data
 from attn_cnn.training.experiment import Run, load_run
 
@@ -178,14 +178,9 @@ def history(workdir: epath.Path) -> dict[str, np.ndarray] | None:
     Raises:
       UserError: the file of numbers is damaged.
     """
-    path = workdir / "heads.npz"
-    if not path.exists():
+    if not (workdir / history_lib.NAME).exists():
         return trail(workdir)
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            numbers = dict(arrays)
-    except Exception as error:  # NumPy raises whatever the file led to
-        raise UserError(f"{path} is damaged: {first_line(error)}") from None
+    numbers = history_lib.read(workdir)
     choices = (("center", "precision", "gate"), ("row_scores", "column_scores"), ("mean_shift", "covariance"))
     names = next(names for names in choices if names[0] in numbers)
     epochs = len(numbers["epoch"])
@@ -218,8 +213,3 @@ def _gaussians(run: Run) -> tuple[np.ndarray, np.ndarray] | None:
     for number, (center, precision) in gaussians.items():
         centers[number, : len(center)], precisions[number, : len(center)] = center, precision
     return centers, precisions
-
-
-def shown_images(views: list[View]) -> UInt8[np.ndarray, "images height width channels"] | None:
-    """Returns the images of the first view that has some."""
-    return next((view["images"] for view in views if "images" in view), None)
