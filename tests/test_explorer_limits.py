@@ -10,7 +10,7 @@ import pytest
 from attn_cnn.explorer import network, page, view
 from attn_cnn.model import create_model
 from attn_cnn.training.dataset import Spec
-from attn_cnn.training.experiment import Run
+from attn_cnn.training.runs import Run
 from configs import learned_content, quadratic
 
 pytestmark = browser.needed

@@ -20,7 +20,7 @@ from attn_cnn.model import create_model
 from attn_cnn.torch_import import import_state_dict
 from attn_cnn.training import pictures
 from attn_cnn.training.dataset import Spec
-from attn_cnn.training.experiment import Run
+from attn_cnn.training.runs import Run
 from configs import resnet18
 
 pytestmark = browser.needed
@@ -53,6 +53,7 @@ CHANGES = {
     "learned_content": {"share_tables": True},
     "quadratic": {"layer": ("convolution", "attention"), "heads": (3, 2)},
     "learned": {"heads": (0, 3)},
+    "quadratic_generalized": {"image_shape": (16, 16, 3), "merge_before": (1,), "hidden_size": (8, 12)},
     "learned_query": {"layer": ("attention", "convolution"), "kernel_size": 2},
 }
 MODELS = [pytest.param(functools.partial(golden_run, encoding), id=encoding) for encoding in ENCODINGS] + [
@@ -129,9 +130,10 @@ def test_maps_and_logits_are_those_of_the_model(make, open_run):
     np.testing.assert_allclose(logits, expected, atol=TOLERANCE)
 
 
-def test_a_resnets_logits_are_those_of_the_model(open_run):
+@pytest.mark.parametrize("layer", ["convolution", "attention"])
+def test_a_resnets_logits_are_those_of_the_model(layer, open_run):
     model = resnet18.get_config("digits").model
-    model.width = 4
+    model.width, model.layer = 4, layer
     run, images = random_run(model)
     expected = jax.jit(run.model.apply)({"params": run.params, "batch_stats": run.batch_stats}, images)
     with open_run(run, images) as opened:

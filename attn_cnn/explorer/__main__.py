@@ -30,7 +30,7 @@ def page_of_runs(workdirs: Sequence[epath.PathLike], images: int, weights: bool,
       UserError: a run or its data cannot be read.
     """
     from attn_cnn.explorer import network, page, view  # not needed to find a mistake in the flags
-    from attn_cnn.training.experiment import load_run
+    from attn_cnn.training.runs import load_run
     from attn_cnn.training.workdir import open_workdir
 
     views, networks = [], []

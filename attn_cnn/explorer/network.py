@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Float
 
 from attn_cnn import resnet
-from attn_cnn.training.experiment import Run
+from attn_cnn.training.runs import Run
 
 Step = dict[str, Any]
 

@@ -34,7 +34,7 @@ from attn_cnn.encodings import Encoding, Quadratic
 from attn_cnn.explorer.network import Step
 from attn_cnn.heads import history as history_lib
 from attn_cnn.training import augment, data
-from attn_cnn.training.experiment import Run, load_run
+from attn_cnn.training.runs import Run, load_run
 
 # Encodings whose scores static/mathematics.js computes.
 KNOWN = (
