@@ -53,7 +53,9 @@ def paper_content():
     """The largest: learned with content, without weights, half precision."""
 
     def heads():
-        row, column = ({f"{axis}_keys": numbers(9, 31, 400), f"{axis}_biases": numbers(9, 31)} for axis in ("row", "column"))
+        row, column = (
+            {f"{axis}_keys": numbers(9, 31, 400), f"{axis}_biases": numbers(9, 31)} for axis in ("row", "column")
+        )
         content = {"query": numbers(9, 400, 400, dtype=np.float16), "bias": numbers(9, 400)}
         return {"encoding": "learned_content", "position": row | column, "content": content}
 
@@ -102,8 +104,10 @@ def chromium():
 def median_of_50(opened, call):
     """The median of the durations that the browser's performance timeline measured, in milliseconds."""
     durations = opened.evaluate(
-        """call => { for (let n = 0; n < 50; n++) { performance.mark("start"); call(n); performance.measure("call", "start"); }
-             return performance.getEntriesByName("call").map(({duration}) => duration); }""".replace("call(n)", call)
+        """() => {
+          for (let n = 0; n < 50; n++) { performance.mark("start"); CALL; performance.measure("call", "start"); }
+          return performance.getEntriesByName("call").map(({duration}) => duration);
+        }""".replace("CALL", call)
     )
     assert len(durations) == 50
     return statistics.median(durations)

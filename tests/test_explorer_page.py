@@ -21,7 +21,7 @@ from attn_cnn import load_run, predict, train
 from attn_cnn.attention import attention_maps
 from attn_cnn.explorer import __main__ as command
 from attn_cnn.explorer import network, page, view
-from attn_cnn.maps import write_maps
+from attn_cnn.maps import Maps, write
 from attn_cnn.training import data, pictures
 from attn_cnn.training import workdir as workdir_lib
 from attn_cnn.training.experiment import create_experiment, random_state
@@ -455,7 +455,7 @@ def test_the_view_is_saved_as_pictures_and_its_numbers_as_csv(two):
     two.select_option("#other", "1")
     settle(two)
     picture = PIL.Image.open(io.BytesIO(save(two, "save-png")))
-    assert picture.size[0] == 960 and len(set(picture.convert("RGB").getdata())) > 50
+    assert picture.size[0] == 960 and len(set(picture.convert("RGB").tobytes())) > 50
     svg = save(two, "save-svg").decode()
     assert svg.startswith("<svg") and svg.count("<clipPath") == 18 and "&#60;b&#62;gated &#38; co" in svg
     rows = list(csv.DictReader(io.StringIO(save(two, "save-csv").decode())))
@@ -479,13 +479,15 @@ def test_a_resnets_page_predicts(chromium, tmp_path):
         assert opened.evaluate(PREDICT, [images.reshape(50, -1).tolist()]) == expected.tolist()
 
 
-def test_maps_of_any_transformer_make_a_page(chromium, tmp_path):
+@pytest.mark.parametrize("images", [None, np.full((2, 40, 40, 3), 90, np.uint8)], ids=["alone", "with images"])
+def test_maps_of_any_transformer_make_a_page(chromium, tmp_path, images):
     maps = [np.asarray(jax.nn.softmax(np.random.default_rng(n).normal(size=(2, 3, 25)), -1)) for n in range(2)]
     maps = [np.broadcast_to(of.reshape(2, 3, 1, 1, 5, 5), (2, 3, 5, 5, 5, 5)) for of in maps]
-    write_maps(epath.Path(tmp_path / "maps.npz"), maps)
+    write(epath.Path(tmp_path / "maps.npz"), Maps(maps, images))
     address = browser.written(tmp_path, command.page_of_maps(tmp_path / "maps.npz"))
     with browser.opened(chromium, address) as opened:
         opened.locator("[name=image][value='1']").click()
+        assert opened.locator("#images canvas").count() == (0 if images is None else 3)
         opened.select_option("#layer", "1")
         settle(opened)
         ours = opened.evaluate("Array.from($('large').map.P)")

@@ -50,11 +50,11 @@ def page_of_runs(workdirs: Sequence[epath.PathLike], images: int, weights: bool,
 
 def page_of_maps(file: epath.PathLike) -> str:
     """Returns the page of the attention maps in a file; raises UserError where they cannot be read."""
+    from attn_cnn import maps
     from attn_cnn.explorer import page, view
-    from attn_cnn.maps import read_maps
 
     path = paths.resolve(file, "--maps")
-    return page.build([view.of_maps(path.name, read_maps(path))], [None])
+    return page.build([view.of_maps(path.name, maps.read(path))], [None])
 
 
 def write(text: str, path: epath.Path) -> None:

@@ -2,7 +2,7 @@
 
 A view is plain dicts and lists with NumPy arrays in them; `page.pack` writes it, `static/mathematics.js` reads it.
 
-    name, about, step             to read; of maps that come alone, what follows but `layers` is missing
+    name, about, step             to read; of maps that come alone, what follows but `layers` and `images` is missing
     classes, mean, std            as `load_run` has them
     images, labels                of the first test images, uint8 (images, height, width, channels)
     probabilities                 of the classes for each image, as --mode=predict computes them
@@ -33,6 +33,7 @@ from attn_cnn.attention import LayerHeads, heads_of_layers
 from attn_cnn.encodings import Encoding, Quadratic
 from attn_cnn.explorer.network import Step
 from attn_cnn.heads import history as history_lib
+from attn_cnn.maps import Maps
 from attn_cnn.training import augment, data
 from attn_cnn.training.runs import Run, load_run
 
@@ -91,8 +92,8 @@ def about(run: Run) -> str:
     return f"{what}, {run.config.data.name.rpartition('/')[2]}, step {run.step:,}"
 
 
-def of_maps(name: str, maps: list[Float[np.ndarray, "images heads H W H W"]]) -> View:
-    """Returns the view of the attention maps of any transformer, one array a layer."""
+def of_maps(name: str, maps: Maps) -> View:
+    """Returns the view of the attention maps of any transformer."""
     of_layers = [
         {
             "name": f"Layer {number + 1}",
@@ -101,9 +102,10 @@ def of_maps(name: str, maps: list[Float[np.ndarray, "images heads H W H W"]]) ->
             "padding": 0,
             "parameters": in_8_bits(layer),
         }
-        for number, layer in enumerate(maps)
+        for number, layer in enumerate(maps.layers)
     ]
-    return {"name": name, "about": f"{len(maps)} layers of maps", "layers": of_layers}
+    view = {"name": name, "about": f"{len(maps.layers)} layers of maps", "layers": of_layers}
+    return view if maps.images is None else view | {"images": maps.images}
 
 
 def in_8_bits(maps: Shaped[np.ndarray, "images heads H W H W"]) -> dict[str, Any]:

@@ -411,16 +411,18 @@ function buildImages() {
   for (let n = 0; n < count; n++) {
     let caption = `image ${n + 1}`;
     let wrong = false;
-    if (images) {
+    if (shipped) {
       const now = shipped.subarray(n * classes.length, (n + 1) * classes.length);
       const best = now.indexOf(Math.max(...now));
       wrong = best !== labels[n];
       caption = `${classes[best]} ${percent(now[best])}`;
     }
     const label = addImage(String(n), caption, wrong);
-    if (images) {
+    if (shipped) {
       label.title = `Label ${classes[labels[n]]}, predicted ${caption}`;
       label.querySelector("input").setAttribute("aria-label", label.title);
+    }
+    if (images) {
       const size = images.length / count;
       label.querySelector("canvas").getContext("2d").drawImage(inColor(images.subarray(n * size, (n + 1) * size), images.shape.slice(1)), 0, 0);
     }
