@@ -59,7 +59,7 @@ class Side(NamedTuple):
     memory: int = 0
 
 
-# The paper's model, with random images
+# Experiments, with random images
 
 
 def paper_experiment(module: ModuleType, grid: int, batch: int, **model: Any) -> Experiment:
@@ -76,9 +76,13 @@ def paper_experiment(module: ModuleType, grid: int, batch: int, **model: Any) ->
     side = grid * config.model.patch
     config.model.update(image_shape=(side, side, 3), max_side=max(config.model.max_side, grid))
     config.model.update(attention_dropout=0.0, **model)
+    return on_random_images(config)
+
+
+def on_random_images(config: ml_collections.ConfigDict) -> Experiment:
+    """Returns the experiment of a config, on random images."""
     names = tuple(map(str, range(config.model.classes)))
-    spec = Spec(config.model.image_shape, (0.5,) * 3, (0.2,) * 3, EXAMPLES, names)
-    return create_experiment(config, spec)
+    return create_experiment(config, Spec(config.model.image_shape, (0.5,) * 3, (0.2,) * 3, EXAMPLES, names))
 
 
 def in_one_block(experiment: Experiment) -> Experiment:

@@ -126,9 +126,10 @@ def test_a_loaded_run_predicts_what_evaluation_measures(workdir):
     assert np.mean(logits.argmax(-1) == test.test_labels) == pytest.approx(accuracy)
 
 
-def test_a_loaded_run_is_what_its_workdir_says(workdir):
+def test_a_loaded_run_is_what_its_workdir_says(workdir, caplog):
     before = program.content(Path(workdir))
     run = load_run(workdir)
+    assert not caplog.records  # a notebook shows what libraries warn of
     assert run._fields == ("model", "params", "batch_stats", "config", "mean", "std", "step", "spec")
     assert run.config.to_dict() == load_config(workdir).to_dict()
     assert (run.mean, run.std) == (data.SPECS["digits"].mean, data.SPECS["digits"].std)

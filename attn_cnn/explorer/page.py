@@ -20,7 +20,17 @@ from attn_cnn.explorer.network import Step
 from attn_cnn.explorer.view import View
 
 STATIC = epath.Path(__file__).parent / "static"
-SCRIPTS = ("numbers.js", "mathematics.js", "network.js", "drawing.js", "state.js", "showing.js", "living.js", "saving.js", "controls.js")
+SCRIPTS = (
+    "numbers.js",
+    "mathematics.js",
+    "network.js",
+    "drawing.js",
+    "state.js",
+    "showing.js",
+    "living.js",
+    "saving.js",
+    "controls.js",
+)
 POLICY = (
     "default-src 'none'; script-src '{script}'; style-src '{style}'; img-src data: blob:; base-uri 'none'; "
     "form-action 'none'"

@@ -49,7 +49,9 @@ class Checkpoints:
         history = [preservation_policy.EveryNSteps(history_steps)] if history_steps else []
         if read_only:
             # Without the metrics, of which orbax would not open a damaged one.
-            options = ocp.CheckpointManagerOptions(read_only=True, lightweight_initialize=True)
+            options = ocp.CheckpointManagerOptions(
+                read_only=True, create=False, save_interval_steps=0, lightweight_initialize=True
+            )
         else:
             options = ocp.CheckpointManagerOptions(
                 best_fn=accuracy,  # without it orbax does not write the metrics
@@ -57,7 +59,7 @@ class Checkpoints:
                 cleanup_tmp_directories=True,
             )
             devices.on_every_host(self._drop_damaged_metrics)
-        with _explained("opened", directory):
+        with _explained("opened", directory), _quiet() if read_only else contextlib.nullcontext():
             self._manager = ocp.CheckpointManager(directory, options=options)
         self._read_only = read_only
 
@@ -199,6 +201,18 @@ class Checkpoints:
                 (self.directory / str(step)).rename(self.directory / f"{step}.damaged-{uuid.uuid4().hex[:8]}")
         devices.everywhere(True)  # all wait for the first
         self._manager.reload()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps orbax from warning that what is opened to be read cannot be written."""
+    orbax = logging.getLogger("absl")
+    level = orbax.level
+    orbax.setLevel("ERROR")
+    try:
+        yield
+    finally:
+        orbax.setLevel(level)
 
 
 @contextlib.contextmanager
