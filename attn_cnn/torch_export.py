@@ -79,8 +79,13 @@ def main(argv):
     print(f"{path} now holds step {run.step} of {flags.FLAGS.workdir}.")
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Runs this command from a terminal."""
     flags.DEFINE_string("workdir", None, "The run's workdir.")
     flags.mark_flag_as_required("workdir")
     cli.define_step()
     cli.run(main, arguments=("OUT",), config=False)
+
+
+if __name__ == "__main__":
+    command()

@@ -305,7 +305,12 @@ def main(argv):
     print(f"{flags.FLAGS.workdir} now holds {argv[1]}, at step {step}.")
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Runs this command from a terminal."""
     flags.DEFINE_string("workdir", None, "The workdir to make.")
     flags.mark_flag_as_required("workdir")
     cli.run(main, arguments=("CHECKPOINT",))
+
+
+if __name__ == "__main__":
+    command()

@@ -92,6 +92,11 @@ def main(argv):
     {"express": express, "recover": recover, "moves": moves}[argv[1]]()
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Runs this command from a terminal."""
     define_flags()
     cli.run(main, arguments=("COMMAND",), config=False)
+
+
+if __name__ == "__main__":
+    command()

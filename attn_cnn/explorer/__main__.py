@@ -104,7 +104,8 @@ def main(_):
             serving.serve_forever()
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Runs this command from a terminal."""
     flags.DEFINE_multi_string("workdir", [], "The workdir of a run; several times for several runs.")
     flags.DEFINE_string("maps", None, "A file of attention maps.")
     flags.DEFINE_string("out", "page.html", "The page to write.")
@@ -113,3 +114,7 @@ if __name__ == "__main__":
     flags.DEFINE_bool("serve", False, "Serve the page on this machine, and print its address.")
     cli.define_step()
     cli.run(main, config=False)
+
+
+if __name__ == "__main__":
+    command()

@@ -174,6 +174,11 @@ def main(_):
                 write(kind, drawn[kind], folder, explicit=bool(FLAGS.figures))
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Runs this command from a terminal."""
     define_flags()
     cli.run(main, config=False)
+
+
+if __name__ == "__main__":
+    command()

@@ -179,7 +179,8 @@ def main(argv):
     print(f"{given.out} now holds step {step} of {given.workdir} without {sum(map(len, chosen.values()))} heads.")
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Runs this command from a terminal."""
     flags.DEFINE_string("workdir", None, "The run's workdir.")
     flags.DEFINE_string("maps", None, "A file of attention maps to report in the place of a run.")
     flags.DEFINE_bool("json", False, "Print the report as JSON.")
@@ -187,3 +188,7 @@ if __name__ == "__main__":
     flags.DEFINE_list("heads", [], "What prune removes: layer:head, as in 2:0,2:5.")
     cli.define_step()
     cli.run(main, arguments=("report or prune",), config=False)
+
+
+if __name__ == "__main__":
+    command()

@@ -1,0 +1,56 @@
+"""The wheel holds the library with what the page is made of, its types, its dependencies and its commands."""
+
+import importlib
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+from program import ROOT
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    names = ("attn_cnn", "requirements")
+    for name in names:
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    build = ["wheel", "--no-deps", "--no-build-isolation", "--quiet", f"--wheel-dir={folder}", str(folder)]
+    subprocess.run([sys.executable, "-m", "pip", *build], check=True)
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as opened:
+        yield opened
+
+
+def read(wheel, name):
+    return wheel.read(next(path for path in wheel.namelist() if path.endswith(name))).decode()
+
+
+def test_every_file_of_the_library_is_in_it_and_nothing_else(wheel):
+    here = {str(path.relative_to(ROOT)) for path in (ROOT / "attn_cnn").rglob("*") if path.is_file()}
+    there = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert there == {name for name in here if "__pycache__" not in name}
+
+
+def test_its_dependencies_are_those_of_the_requirements(wheel):
+    metadata = read(wheel, "METADATA")
+    for list_ in ("system", "data", "tests"):
+        lines = (ROOT / "requirements" / f"{list_}.txt").read_text().splitlines()
+        needed = [line.partition("#")[0].strip() for line in lines if not line.startswith("#")]
+        for line in needed:
+            requirement = next(
+                r for r in metadata.splitlines() if r.startswith(f"Requires-Dist: {line.partition('>')[0]}")
+            )
+            assert ("extra ==" in requirement) == (list_ != "system"), requirement
+
+
+def test_its_commands_exist(wheel):
+    lines = [line for line in read(wheel, "entry_points.txt").splitlines() if "=" in line]
+    assert len(lines) == 6
+    for line in lines:
+        module, _, function = line.partition(" = ")[2].partition(":")
+        assert callable(getattr(importlib.import_module(module), function)), line
