@@ -1,4 +1,4 @@
-"""What a head's score is: one class for each encoding of relative positions (paper, sections 2 and 3; DESIGN.md, 1.1).
+"""What a head's score is: one class for each encoding of relative positions (paper, sections 2 and 3).
 
 A query pixel (i, j) looks at a key pixel (k, l) through their shift d = (k - i, l - j), in pixels. An encoding is a
 pytree of the arrays that its scores need, with the heads on every array's leading axis. It owns all that is particular
@@ -169,7 +169,7 @@ class Encoding(struct.PyTreeNode):
         return Parts(total, None, total)
 
     def degenerate(self) -> dict[int, str]:
-        """Returns the heads that do nothing of use, each with the reason and the value (DESIGN.md, section 2)."""
+        """Returns the heads that do nothing of use, each with the reason and the value."""
         return {}
 
     def gaussians(self) -> Gaussians | None:

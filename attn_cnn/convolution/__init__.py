@@ -1,4 +1,4 @@
-"""The theorem, executable in both directions (paper, Theorem 1; DESIGN.md, section 1.4).
+"""The theorem, executable in both directions (paper, Theorem 1).
 
 `attention_from_convolution` and `convolution_from_attention` are in `theorem.py`; `express.py` does the first to a
 trained network, `recover.py` asks of a trained network how much of the second there is.

@@ -1,4 +1,4 @@
-"""Convolution to attention and back, as pure functions on parameters (paper, Theorem 1; DESIGN.md, section 1.4).
+"""Convolution to attention and back, as pure functions on parameters (paper, Theorem 1).
 
     sum_Delta W[Delta] x[q + Delta]  =  sum_h A_h x W_h     with A_h[q, k] = 1 where k = q + Delta_h, W_h = W[Delta_h]
 

@@ -1,4 +1,4 @@
-"""Parameters with heads pruned or reset, and which parameters are frozen for those that survive (DESIGN.md, section 2).
+"""Parameters with heads pruned or reset, and which parameters are frozen for those that survive (paper, section 4.2).
 
 Pruning removes a head's slice of every parameter that has one: what encodes its position and content, and its value
 map W_h. Resetting replaces these slices by fresh ones. Which axis of a parameter holds the heads is seen from the
