@@ -37,6 +37,7 @@ def test_a_cluster_half_detected_is_a_run(variables, tmp_path):
     assert "On 1 CPU device" in done.stderr and "is finished" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("host", [0, 1])
 def test_hosts_that_do_not_meet_in_time_end_with_one_message(host):
     script = f"from attn_cnn.training import cluster; cluster.JOIN_SECONDS = 3; cluster.initialize({{!r}}, 2, {host})"

@@ -65,6 +65,7 @@ def random_factors(key, heads=2, height=3, width=4, per_query=False):
     return Factors(jax.nn.softmax(row), jax.nn.softmax(column))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per_query", [False, True])
 def test_factors_and_weighted_sums_have_the_numbers_of_the_whole(per_query):
     A = random_factors(jax.random.key(0), per_query=per_query)

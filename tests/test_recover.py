@@ -144,6 +144,7 @@ def test_a_network_with_layers_replaced_trains_on_and_goes_on_where_it_stopped(t
     np.testing.assert_array_equal(again.params["layer_0"]["convolution"]["convolution"]["kernel"], kernel)
 
 
+@pytest.mark.slow
 def test_runs_without_attention_are_refused():
     with pytest.raises(UserError, match="config.model.name is resnet18; recover reads runs of attention models"):
         recover(load_run(WORKDIRS / "before_11_resnet18"), 10)
