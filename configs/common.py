@@ -17,6 +17,7 @@ SMALL_RUN = {
     "optimizer.name": "muon",
     "optimizer.learning_rate": 0.01,
     "optimizer.momentum": 0.95,
+    "optimizer.weight_decay": 0.05,
 }
 SMALL = SMALL_RUN | {
     "model.layers": 4,
