@@ -1,9 +1,12 @@
 """Devices share a batch: every image has one place, whatever the sizes, and what is missing at the end is no image."""
 
 import math
+import subprocess
 
 import jax
 import numpy as np
+import program
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,3 +20,25 @@ def test_every_place_of_a_batch_is_some_devices_once(batch, pieces):
     assert places.shape[0] == jax.local_device_count() and places.shape[1] <= pieces and places.shape[2] == share
     np.testing.assert_array_equal(np.sort(places[places >= 0]), np.arange(batch))
     assert (places[places < 0] == -1).all()
+
+
+SHARDED = """
+import runpy, sys
+from attn_cnn.training import devices
+devices.PMAP = False
+sys.argv = sys.argv[1:]
+runpy.run_path("main.py", run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["configs/quadratic.py:digits", "configs/resnet18.py:digits"])
+def test_shard_map_gives_the_bits_of_pmap_on_4_devices(tmp_path, config):
+    resnet = ("--config.model.width=2", "--config.optimizer.decay_epochs=()") if "resnet" in config else ()
+    sizes = (*resnet, "--config.epochs=2", "--config.batch_size=90")
+    program.run(*sizes, f"--workdir={tmp_path}/pmap", config=config, tiny=not resnet, devices=4)
+    python, *command = program.command(*sizes, f"--workdir={tmp_path}/shard_map", config=config, tiny=not resnet)
+    subprocess.run([python, "-c", SHARDED, *command], cwd=program.ROOT, env=program.environment(4), check=True)
+    for tag in ("train/loss", "test/loss", "test/accuracy"):
+        pmap, shard_map = (program.scalars(tmp_path / name, tag) for name in ("pmap", "shard_map"))
+        assert pmap and shard_map == pmap

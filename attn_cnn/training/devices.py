@@ -24,6 +24,7 @@ Result = TypeVar("Result")
 log = logging.getLogger("attn_cnn")
 
 AXIS = "devices"
+PMAP = True  # False: jit and shard_map, which give the same bits
 
 
 def mapped(step: Callable[[Any, Any, Any], Any], donate: bool = False) -> Callable[[Any, Any, Any], Any]:
@@ -31,21 +32,40 @@ def mapped(step: Callable[[Any, Any, Any], Any], donate: bool = False) -> Callab
 
     The state and what is the same are there once on each device; the shares have a leading axis of local devices.
     """
-    return jax.pmap(step, axis_name=AXIS, in_axes=(None, None, 0), out_axes=None, donate_argnums=(0,) if donate else ())
+    donated = (0,) if donate else ()
+    if PMAP:
+        return jax.pmap(step, axis_name=AXIS, in_axes=(None, None, 0), out_axes=None, donate_argnums=donated)
+    return sharded(step, Mesh(np.array(jax.devices()), (AXIS,)), donated)
 
 
-def _local_sharding(*spec: str) -> NamedSharding:
-    return NamedSharding(Mesh(np.array(jax.local_devices()), (AXIS,)), PartitionSpec(*spec))
+def sharded(
+    step: Callable[[Any, Any, Any], Any], mesh: Mesh, donated: tuple[int, ...] = ()
+) -> Callable[[Any, Any, Any], Any]:
+    """Returns `step` on the devices of `mesh`, which may be of a machine that is not here, by jit and shard_map."""
+    everywhere, shared = PartitionSpec(), PartitionSpec(AXIS)
+    of_devices = jax.shard_map(
+        lambda state, same, shares: step(state, same, shares[0]),
+        mesh=mesh,
+        in_specs=(everywhere, everywhere, shared),
+        out_specs=everywhere,
+        check_vma=False,  # what a step returns is the same on all devices, which it cannot see
+    )
+    return jax.jit(of_devices, donate_argnums=donated)
+
+
+def _sharding(*spec: str) -> NamedSharding:
+    """Returns a sharding over the devices whose arrays steps take: all of them, or for pmap those of this process."""
+    return NamedSharding(Mesh(np.array(jax.local_devices() if PMAP else jax.devices()), (AXIS,)), PartitionSpec(*spec))
 
 
 def replicate(tree: Any) -> Any:
-    """Puts the same arrays on each of this process's devices."""
-    return jax.device_put(tree, _local_sharding())
+    """Puts the same arrays on each device."""
+    return jax.device_put(tree, _sharding())
 
 
 def distribute(values: Shaped[np.ndarray, "devices *shape"]) -> Shaped[Array, "devices *shape"]:
     """Puts one of `values` on each of this process's devices."""
-    return jax.device_put(values, _local_sharding(AXIS))
+    return jax.make_array_from_process_local_data(_sharding(AXIS), values)
 
 
 def shares(batch_size: int, pieces: int = 1) -> Int[Array, "devices pieces share"]:

@@ -163,7 +163,7 @@ def eval_step(
     logits = experiment.model.apply(variables, x, train=False)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, inputs.labels[index])
     correct = logits.argmax(-1) == inputs.labels[index]
-    empty = jnp.zeros(experiment.config.eval_batch_size * jax.device_count())
+    empty = jnp.zeros(experiment.config.eval_batch_size * jax.lax.axis_size(devices.AXIS))
 
     def gather(values):
         return jax.lax.psum(empty.at[places].set(jnp.where(valid, values, 0)), devices.AXIS)

@@ -1,0 +1,263 @@
+"""What the compilers of TPUs and GPUs make of the training and the evaluation step, on a machine that has neither.
+
+    pip install "libtpu==0.0.42.*"       # the TPU's compiler
+    pip install "jax[cuda13]"            # the GPU's, 6 GB with all that comes along
+    python -m benchmarks.accelerators    # all of it: about an hour on 2 cores
+    python -m benchmarks.accelerators --target=v5e-8 --experiments=quadratic --dtypes=bfloat16
+
+The steps are the product's own, ahead of time, for the paper's model: nothing runs, so there are no times but the
+compiler's. Sizes are of one device. Of a loop the compiler counts the FLOPs and bytes of one round.
+"""
+
+import collections
+import functools
+import importlib
+import itertools
+import os
+import re
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1")
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"  # there is no GPU to try on
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tabulate
+from absl import flags
+from etils import epath
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from attn_cnn import cli
+from attn_cnn.errors import UserError, first_line
+from attn_cnn.mixing import Device
+from attn_cnn.model import create_model
+from attn_cnn.training import devices, steps
+from attn_cnn.training.dataset import Spec
+from attn_cnn.training.experiment import Experiment, abstract_state, create_experiment
+
+GIB = 2**30
+IMAGES = 50_000
+H100 = epath.Path(__file__).parent / "h100.target.txt"
+
+
+class Target(NamedTuple):
+    """Devices to compile for.
+
+    Attributes:
+      kind: "tpu" or "gpu".
+      topology: what JAX calls them.
+      memory: bytes of one device.
+      options: names and values of what else JAX asks for.
+    """
+
+    kind: str
+    topology: str
+    memory: int
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+TARGETS = {
+    "v5e-1": Target("tpu", "v5e:1x1x1", 16 * GIB, (("chips_per_host_bounds", (1, 1, 1)),)),
+    "v5e-8": Target("tpu", "v5e:2x4", 16 * GIB),
+    "v5e-256": Target("tpu", "v5e:16x16", 16 * GIB),
+    "v4-32": Target("tpu", "v4:2x2x4", 32 * GIB),
+    "v5p-8": Target("tpu", "v5p:2x2x1", 95 * GIB),
+    "v6e-8": Target("tpu", "v6e:2x4", 32 * GIB),
+    "h100-1": Target("gpu", "1 x 1 x 1", 80 * GIB),
+    "h100-8": Target("gpu", "1 x 1 x 8", 80 * GIB),
+}
+WHOLE = ("v5e-8", "h100-1")  # where all experiments are compiled, in both types
+EXPERIMENTS = ("quadratic", "learned", "learned_content", "gated", "resnet18")
+INSTALL = {"tpu": 'pip install "libtpu==0.0.42.*"', "gpu": 'pip install "jax[cuda13]"'}
+
+
+class Program(NamedTuple):
+    """A step, compiled.
+
+    Attributes:
+      seconds: what compiling took.
+      compiled: the program.
+      operands: how many matrix products there are by the types of their operands, as "bfloat16 x bfloat16".
+    """
+
+    seconds: float
+    compiled: jax.stages.Compiled
+    operands: dict[str, int]
+
+
+def mesh_of(target: Target) -> Mesh:
+    """Returns the devices of a target; raises UserError where their compiler is not installed."""
+    try:
+        if target.kind == "tpu":
+            found = topologies.get_topology_desc(platform="tpu", topology_name=target.topology, **dict(target.options))
+        else:
+            options = {"target_config": H100.read_text(), "topology": target.topology}
+            found = topologies.get_topology_desc(platform="cuda", topology_name="", **options)
+    except Exception as error:  # JAX raises whatever the plugin did
+        raise UserError(
+            f"there is no compiler for {target.topology} here ({first_line(error)}); {INSTALL[target.kind]} has it."
+        ) from None
+    return Mesh(np.array(found.devices), (devices.AXIS,))
+
+
+def experiment_for(target: Target, config: Any) -> Experiment:
+    """Returns the experiment of a config, on `IMAGES` images, with its work in blocks for the target's devices."""
+    channels = config.model.image_shape[-1]
+    names = tuple(map(str, range(config.model.classes)))
+    experiment = create_experiment(
+        config, Spec(config.model.image_shape, (0.5,) * channels, (0.2,) * channels, IMAGES, names)
+    )
+    model = create_model(config.model, config.dtype, devices.AXIS, Device(target.kind, target.memory))
+    return experiment._replace(model=model)
+
+
+def parameter_bytes(experiment: Experiment) -> int:
+    """Returns the bytes of all parameters, and so of their gradients."""
+    return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(abstract_state(experiment).params))
+
+
+def compile_training(experiment: Experiment, mesh: Mesh) -> Program:
+    """Compiles the training step for the devices of `mesh`."""
+    config = experiment.config
+    step = functools.partial(steps.train_step, experiment=experiment)
+    share = -(-config.batch_size // (mesh.size * experiment.pieces))
+    return _compile(
+        step, mesh, abstract_state(experiment), config, (experiment.pieces, share), (config.batch_size,), (0,)
+    )
+
+
+def compile_evaluation(experiment: Experiment, mesh: Mesh) -> Program:
+    """Compiles the evaluation step for the devices of `mesh`."""
+    config, state = experiment.config, abstract_state(experiment)
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    step = functools.partial(steps.eval_step, experiment=experiment)
+    return _compile(step, mesh, variables, config, (1, config.eval_batch_size), (), ())
+
+
+def _compile(
+    step: Any, mesh: Mesh, state: Any, config: Any, places: tuple, indices: tuple, donated: tuple[int, ...]
+) -> Program:
+    def on(spec: PartitionSpec, tree: Any) -> Any:
+        sharding = NamedSharding(mesh, spec)
+        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)
+
+    data = steps.Inputs(
+        jax.ShapeDtypeStruct((IMAGES, *config.model.image_shape), jnp.uint8),
+        jax.ShapeDtypeStruct((IMAGES,), jnp.int32),
+        jax.ShapeDtypeStruct(indices, jnp.int32),
+    )
+    share = jax.ShapeDtypeStruct((mesh.size, *places), jnp.int32)
+    everywhere, shared = PartitionSpec(), PartitionSpec(devices.AXIS)
+    started = time.perf_counter()
+    lowered = devices.sharded(step, mesh, donated).lower(on(everywhere, state), on(everywhere, data), on(shared, share))
+    compiled = lowered.compile()
+    return Program(time.perf_counter() - started, compiled, operands(lowered.as_text()))
+
+
+# What the texts say
+
+TYPES = {"f32": "float32", "bf16": "bfloat16"}
+BYTES = {
+    "f32": 4,
+    "s32": 4,
+    "u32": 4,
+    "bf16": 2,
+    "f16": 2,
+    "u16": 2,
+    "s16": 2,
+    "u8": 1,
+    "s8": 1,
+    "pred": 1,
+    "s64": 8,
+    "u64": 8,
+}
+
+
+def operands(stablehlo: str) -> dict[str, int]:
+    """Returns how many matrix products and convolutions there are, by the types of their operands."""
+    found = re.findall(r"stablehlo\.(?:dot_general|convolution)\b.*: \(tensor<([^>]*)>, tensor<([^>]*)>\)", stablehlo)
+    types = (tuple(TYPES[tensor.rpartition("x")[2]] for tensor in pair) for pair in found)
+    return dict(collections.Counter(" x ".join(pair) for pair in types))
+
+
+def collectives(hlo: str) -> list[int]:
+    """Returns the bytes of each operation across devices in a compiled program."""
+    kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast"
+    return [_bytes(shapes) for shapes in re.findall(rf"= (.*?) (?:{kinds})(?:-start)?\(", hlo)]
+
+
+def loops(hlo: str) -> int:
+    """Returns how many loops there are in a compiled program."""
+    return len(re.findall(r" while\(", hlo))
+
+
+def transfers(hlo: str) -> int:
+    """Returns how many operations there are in a compiled program that wait for the host."""
+    return len(re.findall(r" (?:infeed|outfeed|send|recv)(?:-start)?\(", hlo))
+
+
+def _bytes(shapes: str) -> int:
+    found = re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shapes)
+    return sum(
+        BYTES[kind] * int(np.prod([int(n) for n in sizes.split(",") if n])) for kind, sizes in found if kind in BYTES
+    )
+
+
+def row(names: dict[str, str], program: Program) -> dict[str, str]:
+    """Returns a row of the table."""
+    memory, costs = program.compiled.memory_analysis(), program.compiled.cost_analysis() or {}
+    text = program.compiled.as_text()
+    across = collectives(text)
+    return names | {
+        "s to compile": f"{program.seconds:.0f}",
+        "arguments, MiB": f"{memory.argument_size_in_bytes / 2**20:.0f}" if memory else "",
+        "temporaries, MiB": f"{memory.temp_size_in_bytes / 2**20:.0f}" if memory else "",
+        "GFLOP": f"{costs['flops'] / 1e9:.0f}" if "flops" in costs else "",
+        "GB accessed": f"{costs['bytes accessed'] / 1e9:.1f}" if "bytes accessed" in costs else "",
+        "collectives": f"{len(across)}, {sum(across) / 2**20:.1f} MiB",
+        "loops": str(loops(text)),
+        "matrix products": ", ".join(f"{n} {kinds}" for kinds, n in sorted(program.operands.items())),
+    }
+
+
+def paper_config(experiment: str, dtype: str, batch: int) -> Any:
+    """Returns the paper's config, with the batch that is asked for."""
+    config = importlib.import_module(f"configs.{experiment}").get_config()
+    config.dtype, config.batch_size = dtype, batch
+    return config
+
+
+def rows_of(target_name: str) -> Iterator[dict[str, str]]:
+    """Yields the rows of a target as the flags ask for them."""
+    given, target = flags.FLAGS, TARGETS[target_name]
+    mesh = mesh_of(target)
+    experiments = given.experiments or (EXPERIMENTS if target_name in WHOLE else ("quadratic",))
+    dtypes = given.dtypes or (("float32", "bfloat16") if target_name in WHOLE else ("bfloat16",))
+    batch = given.batch or max(128, 8 * mesh.size)
+    for name, dtype in itertools.product(experiments, dtypes):
+        experiment = experiment_for(target, paper_config(name, dtype, batch))
+        for step, compiled in (("training", compile_training), ("evaluation", compile_evaluation)):
+            names = {"target": target_name, "experiment": name, "type": dtype, "batch": str(batch), "step": step}
+            yield row(names, compiled(experiment, mesh))
+
+
+def main(_):
+    rows = []
+    for target in flags.FLAGS.target:
+        for found in rows_of(target):
+            print(", ".join(f"{name} {value}" for name, value in found.items()), flush=True)
+            rows.append(found)
+    print(f"jax {jax.__version__}")
+    print(tabulate.tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_multi_enum("target", list(TARGETS), list(TARGETS), "What to compile for; several times for several.")
+    flags.DEFINE_list("experiments", [], "Which experiments; none: all for v5e-8 and h100-1, quadratic for others.")
+    flags.DEFINE_list("dtypes", [], "float32, bfloat16; none: both for v5e-8 and h100-1, bfloat16 for others.")
+    flags.DEFINE_integer("batch", 0, "Images in a step; 0: 128, or 8 for each device where that is more.")
+    cli.run(main, config=False)

@@ -1,0 +1,71 @@
+"""What the TPU's compiler makes of the steps: one reduction of the gradients, no loops, half precision."""
+
+import importlib.util
+
+import pytest
+from program import tiny_config
+
+from benchmarks import accelerators
+from benchmarks.accelerators import TARGETS, collectives, loops, operands, transfers
+from configs import gated, learned_content, quadratic, resnet18
+
+TARGET = TARGETS["v5e-8"]
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason='needs the TPU\'s compiler, as from pip install "libtpu==0.0.42.*"',
+)
+
+
+@pytest.fixture(
+    scope="module", params=[quadratic, learned_content, gated, resnet18], ids=lambda module: module.__name__
+)
+def compiled(request):
+    """An experiment, its training step in bfloat16 for 8 chips, and the program's text."""
+    config = tiny_config(request.param, batch_size=100, dtype="bfloat16")  # shares of 13, the last of 9
+    experiment = accelerators.experiment_for(TARGET, config)
+    program = accelerators.compile_training(experiment, accelerators.mesh_of(TARGET))
+    return experiment, program, program.compiled.as_text()
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_gradients_cross_devices_once_and_nothing_else_does_that_grows_with_the_model(compiled):
+    experiment, _, text = compiled
+    gradients = accelerators.parameter_bytes(experiment)
+    small = [size for size in collectives(text) if size < 0.1 * gradients]
+    large = [size for size in collectives(text) if size >= 0.1 * gradients]
+    assert 1 <= len(large) <= 3 and sum(large) <= 1.1 * gradients
+    assert sum(small) <= 0.2 * gradients  # batch statistics, loss, accuracy
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_there_is_no_loop_and_the_host_is_not_waited_for(compiled):
+    _, _, text = compiled
+    assert loops(text) == 0 and transfers(text) == 0
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_products_of_pixels_take_half_precision_forward_and_backward(compiled):
+    _, program, _ = compiled
+    assert program.operands.get("float32 x bfloat16", 0) == program.operands.get("bfloat16 x float32", 0) == 0
+    assert program.operands["bfloat16 x bfloat16"] > 5
+
+
+def test_texts_are_read_for_what_they_say():
+    hlo = """
+  %all-reduce.5 = (f32[10]{0:T(128)}, bf16[64,10]{0,1}) all-reduce(%a, %b), channel_id=1
+  %ag = f32[2,3] all-gather-start(%c)
+  %w = (s32[], f32[3]) while(%t), condition=%c, body=%b
+  %i = token[] infeed(%x)
+"""
+    assert collectives(hlo) == [40 + 1280, 24] and loops(hlo) == 1 and transfers(hlo) == 1
+    line = "%1 = stablehlo.dot_general %a, %b, contracting_dims = [1] x [0] : (tensor<2x3xbf16>, tensor<3x4xf32>) -> x"
+    assert operands(line) == {"bfloat16 x float32": 1}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="the TPU's compiler is installed")
+def test_a_compiler_that_is_missing_is_one_message():
+    with pytest.raises(Exception, match=r'pip install "libtpu'):
+        accelerators.mesh_of(TARGET)
