@@ -375,3 +375,17 @@ def test_resized_tables_are_linear_in_the_shift_and_keep_the_furthest():
     np.testing.assert_allclose(resized["column_embeddings"][:, 1], -np.arange(13), rtol=1e-6)
     np.testing.assert_array_equal(resized["other"], table)
     jax.tree.map(np.testing.assert_array_equal, encodings.resize_tables(params, 4), params)
+
+
+def test_the_gradient_of_a_product_in_half_precision_is_near_that_in_float32():
+    a, b, weights = (jax.random.normal(jax.random.key(n), shape) for n, shape in enumerate([(5, 7), (6, 7), (5, 6)]))
+
+    def gradients(dtype):
+        def total(a, b):
+            return jnp.vdot(weights, encodings.product(a.astype(dtype), b.astype(dtype)))
+
+        return jax.grad(total, (0, 1))(a, b)
+
+    for ours, exact in zip(gradients(jnp.bfloat16), gradients(jnp.float32), strict=True):
+        assert ours.dtype == jnp.float32
+        np.testing.assert_allclose(ours, exact, atol=0.02 * np.abs(exact).max())
