@@ -113,7 +113,7 @@ def training_seconds(workdir: epath.Path, batch_size: int) -> float:
     """Returns the seconds that a run's steps took, on as many devices as are here."""
     scalars = metrics.read(workdir / "metrics")
     rates = {step: value for step, tag, value in scalars if tag == "images_per_second_per_device"}
-    steps, rates = np.array(sorted(rates.items())).T
+    steps, rates = np.array(sorted(rates.items())).reshape(-1, 2).T
     return float(sum(np.diff(steps, prepend=0) * batch_size / jax.device_count() / rates))
 
 
@@ -128,13 +128,21 @@ def train(variant: Variant, folder: epath.Path, seed: int) -> str:
     log = workdir.with_name(f"{workdir.name}.log")
     with log.open("a") as output:
         failed = subprocess.run(variant.command(folder, seed), stdout=output, stderr=output).returncode
-    return f"{workdir.name}: {log.read_text().splitlines()[-1]}" if failed else ""
+    return f"{workdir.name}: {(log.read_text().splitlines() or ['no output'])[-1]}" if failed else ""
 
 
 def table(variants: Sequence[Variant], folder: epath.Path, seeds: Sequence[int]) -> str:
     """Returns the results, a row for each variant, in Markdown."""
     rows = [_row(variant, [variant.workdir(folder, seed) for seed in seeds]) for variant in variants]
-    headers = ["experiment", "accuracy", "mean", "parameters", "MFLOPs an image", "minutes", "the paper's accuracy"]
+    headers = [
+        "experiment",
+        "accuracy",
+        "mean",
+        "parameters",
+        "MFLOPs an image",
+        "minutes",
+        "the paper's, at its scale",
+    ]
     return tabulate.tabulate(rows, headers, "github", disable_numparse=True, colalign=("left", *["right"] * 6))
 
 
@@ -177,7 +185,10 @@ def write(path: epath.Path, text: str) -> None:
 
 
 def variants_of(experiments: Iterable[str], scale: str, sweep: Sequence[str]) -> list[Variant]:
-    """Returns every experiment with every choice of the fields in `sweep`, each as in optimizer.momentum=0.8,0.9."""
+    """Returns every experiment with every choice of the fields in `sweep`, each as in optimizer.momentum=0.8,0.9.
+
+    A run of quadratic_pruned starts from the one of quadratic_generalized without these choices.
+    """
     names_and_values = [each.split("=", 1) for each in sweep]
     fields = [[(name, value) for value in COMMA.split(values)] for name, values in names_and_values]
     return [Variant(experiment, scale, chosen) for experiment in experiments for chosen in itertools.product(*fields)]
@@ -198,7 +209,10 @@ def main(_):
         raise UserError(f"--experiments names {', '.join(sorted(unknown))}; there are {', '.join(EXPERIMENTS)}.")
     if bad := [each for each in given.sweep if not all(each.partition("="))]:
         raise UserError(f"--sweep={bad[0]} is not understood; write it as in --sweep=optimizer.momentum=0.8,0.9.")
-    if bad := [seed for seed in given.seeds if not seed.isdigit()]:
+    swept = [each.partition("=")[0] for each in given.sweep]
+    if len(set(swept)) < len(swept):
+        raise UserError(f"--sweep names {max(swept, key=swept.count)} twice; give its values together.")
+    if bad := [seed for seed in given.seeds or [""] if not seed.isdigit()]:
         raise UserError(f"--seeds names {bad[0]!r}; seeds are whole numbers, as in --seeds=0,1,2.")
     folder, seeds = paths.resolve(given.runs, "--runs"), [int(seed) for seed in given.seeds]
     variants = variants_of(given.experiments, given.scale, given.sweep)

@@ -48,13 +48,17 @@ def opened(browser, address, viewport=None, theme="light", **options):
     page.wait_for_selector("body[data-ready]", timeout=60_000)
     if address.startswith("file:"):
         context.set_offline(True)
-    yield page
+    try:
+        yield page
+    finally:
+        context.close()
+        if complaints:
+            print("the page complained:", *complaints, sep="\n")
     asked = [
         url
         for url in requests
         if url.partition("#")[0] != address.partition("#")[0] and url[:5] not in ("data:", "blob:")
     ]
-    context.close()
     assert asked == []
     assert complaints == []
 

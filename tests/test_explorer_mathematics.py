@@ -75,7 +75,7 @@ def chromium():
 def open_run(chromium, tmp_path):
     """Opens the page of a run and normalised images, with the whole network in it."""
 
-    def opened(run, images, half=False):
+    def opened(run, images):
         steps = network.steps(run)
         shown = {
             "name": "run",
@@ -87,7 +87,7 @@ def open_run(chromium, tmp_path):
             "images": np.zeros(images.shape, np.uint8),
             "labels": [0] * len(images),
             "probabilities": np.zeros((len(images), run.config.model.classes), np.float32),
-            "layers": view.layers(run, images, steps, half),
+            "layers": view.layers(run, images, steps, half=False),
         }
         return browser.opened(chromium, browser.written(tmp_path, page.build([shown], [steps])))
 

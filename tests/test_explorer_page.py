@@ -22,10 +22,10 @@ from attn_cnn.attention import attention_maps
 from attn_cnn.explorer import __main__ as command
 from attn_cnn.explorer import network, page, view
 from attn_cnn.maps import Maps, write
-from attn_cnn.training import data, pictures
+from attn_cnn.training import augment, data, pictures
 from attn_cnn.training import workdir as workdir_lib
 from attn_cnn.training.experiment import create_experiment, random_state
-from configs import gated, quadratic, resnet18
+from configs import gated, learned, quadratic, resnet18
 
 pytestmark = browser.needed
 SHOWN = 4
@@ -109,7 +109,7 @@ def drawn(opened, id):
 
 def cell(opened, id, row, column, rows=4, columns=4):
     """The middle of a pixel of a canvas, on the screen."""
-    opened.locator(f"#{id}").scroll_into_view_if_needed()
+    opened.locator(f"#{id}").evaluate("element => element.scrollIntoView({ block: 'center' })")
     box = opened.locator(f"#{id}").bounding_box()
     return box["x"] + (column + 0.5) * box["width"] / columns, box["y"] + (row + 0.5) * box["height"] / rows
 
@@ -143,7 +143,8 @@ def test_everything_is_reached_and_used_by_keyboard_alone(one):
         if focused == "maps":
             one.keyboard.press("ArrowRight")
         if focused == "large":
-            one.keyboard.press("ArrowDown")
+            one.keyboard.press("ArrowDown"), one.keyboard.press("Shift+ArrowRight")
+            read = one.inner_text("#pointer")
         if focused in ("values", "image"):
             one.keyboard.press("ArrowRight")
         if focused in ("epoch", "sharpness"):
@@ -154,6 +155,7 @@ def test_everything_is_reached_and_used_by_keyboard_alone(one):
     wanted = "picture image draw pick values outlines maps play epoch layer head large on sharpness"
     assert {*wanted.split(), "save-png", "save-svg", "save-csv", "copy"} <= set(reached)
     now = state(one)
+    assert read.startswith("1 down: score ")
     assert now["query"] == [1, 1] and now["head"] == 1 and now["values"] == "scores" and now["image"] == 1
     assert now["epoch"] == 0 and now["sharpness"] == 0.25 and not now["outlines"] and now["off"] == ["0:1"]
 
@@ -163,6 +165,9 @@ def test_a_touch_chooses_on_a_phone_where_nothing_is_wider_than_the_screen(chrom
         opened.touchscreen.tap(*cell(opened, "picture", 3, 0))
         settle(opened)
         assert state(opened)["query"] == [3, 0]
+        opened.touchscreen.tap(*cell(opened, "large", 3, 1))
+        settle(opened)
+        assert opened.inner_text("#pointer").startswith("1 right: probability ")
         assert opened.evaluate("document.documentElement.scrollWidth") <= browser.PHONE["width"]
 
 
@@ -278,6 +283,8 @@ def test_the_address_holds_the_view(chromium, addresses, two):
 @pytest.mark.parametrize(
     "text",
     [
+        "centers={%220:0.5%22:[1,1],%2200:0%22:[1,1],%220:1%22:[],%220:2%22:[1,2,3],%220:3%22:{}}&constructor=1",
+        "off=[%220:0%22,%220:0%22,%2200:0%22,%220:0.5%22,%22:%22]&epoch=1e9&sharpness=-1",
         "query=[99,-1]&layer=7&head=-3&run=5",
         "query=7&off=[%2299:1%22,3]&centers=7&image=%22own%22",
         "nonsense&a=b&part={}",
@@ -287,6 +294,14 @@ def test_an_address_of_another_page_is_understood_as_far_as_it_goes(chromium, ad
     with browser.opened(chromium, f"{addresses['one']}#{text}") as opened:
         settle(opened)
         assert len(opened.inner_text("#facts")) > 20
+        assert state(opened)["centers"] == {} and len(state(opened)["off"]) <= 1
+
+
+def test_centers_in_an_address_are_of_heads_that_have_some(chromium, tmp_path):
+    workdir = untrained(tmp_path / "learned", learned)
+    address = browser.written(tmp_path, command.page_of_runs([workdir], SHOWN, False, "newest"))
+    with browser.opened(chromium, f"{address}#centers={{%220:0%22:[1,1]}}") as opened:
+        assert state(opened)["centers"] == {}
 
 
 # Training and the theorem
@@ -314,6 +329,31 @@ def test_the_history_replays_the_numbers_of_every_head(two, gated_run):
     np.testing.assert_allclose(two.evaluate("Array.from($('maps').maps[0][5].P)"), expected, atol=1e-5)
 
 
+def test_a_checkpoint_that_ends_no_epoch_has_a_place_of_its_own(chromium, tmp_path, quadratic_run):
+    text = command.page_of_runs([quadratic_run], SHOWN, False, 14)  # after the first of two epochs
+    with browser.opened(chromium, browser.written(tmp_path, text)) as opened:
+        said = []
+        for place in ("0", "1", "2"):
+            opened.locator("#epoch").fill(place)
+            settle(opened)
+            said.append(opened.inner_text("#epoch-output"))
+        assert said == ["Epoch 1 of 2", "Epoch 2 of 2", "Checkpoint, step 14"]
+
+
+def test_playing_stops_when_another_run_is_chosen(two):
+    two.click("#play")
+    two.select_option("#run", "1")
+    settle(two)
+    assert two.inner_text("#play") == "Play" and state(two)["epoch"] == -1
+
+
+def test_the_gate_travels_through_training(two):
+    two.select_option("#run", "1")
+    two.locator("#epoch").fill("0")
+    settle(two)
+    assert two.inner_text("#facts").split()[-1] == "50%"
+
+
 def test_the_last_epoch_of_the_history_is_the_checkpoint(one):
     ours, theirs = one.evaluate(
         """() => [null, 1].map(epoch => { state.epoch = epoch === null ? -1 : epoch;
@@ -330,6 +370,21 @@ def test_sharper_heads_become_the_taps_of_a_convolution(one):
         distances.append(float(one.inner_text("#distance")))
     assert distances[0] > distances[1] > distances[2] and distances[2] < 0.1 * distances[0]
     assert one.inner_text("#shares tbody").count("%") == 4
+
+
+def test_the_convolution_is_the_checkpoints_in_all_parts_without_heads_that_are_off(two):
+    two.select_option("#run", "1")
+    settle(two)
+    before = two.inner_text("#distance")
+    two.locator("[name=part][value=position]").click()
+    two.locator("#epoch").fill("0")
+    settle(two)
+    assert two.inner_text("#distance") == before and "checkpoint's" in two.inner_text("#theorem-text")
+    assert "checkpoint's" in two.inner_text("#prediction-note")
+    two.locator("#epoch").fill("3")
+    two.uncheck("#on")
+    settle(two)
+    assert two.inner_text("#distance") != before and "8 heads that are on" in two.inner_text("#theorem-text")
 
 
 # The network
@@ -357,6 +412,15 @@ PREDICT = """([pictures]) => pictures.map(pixels => {
   const {logits} = finish(predictor(pixels));
   return logits.indexOf(Math.max(...logits));
 })"""
+
+
+def test_an_answer_is_shown_for_what_was_asked_alone(one):
+    one.uncheck("#on")
+    settle(one)
+    one.evaluate("() => { recompute = () => {}; change({ image: 1 }); }")
+    one.wait_for_timeout(100)
+    shipped = one.evaluate("Array.from(view().probabilities.subarray(10, 20))")
+    assert one.evaluate("Array.from(prediction())") == shipped
 
 
 def test_a_head_that_is_off_adds_nothing(one, quadratic_run):
@@ -395,6 +459,14 @@ def test_a_center_that_is_dragged_moves_and_the_network_answers(one, quadratic_r
     np.testing.assert_allclose(one.evaluate("Array.from(prediction())"), expected, atol=1e-4)
 
 
+def test_a_center_moves_by_keyboard(one):
+    before = one.evaluate("Array.from(views[0].layers[0].parameters.centers.slice(0, 2))")
+    one.focus("#large")
+    one.keyboard.press("Shift+ArrowRight")
+    settle(one)
+    assert state(one)["centers"] == {"0:0": pytest.approx([before[0], before[1] + 0.25], abs=1e-3)}
+
+
 def test_a_picture_of_ones_own_is_predicted_as_mode_predict_does(one, tmp_path, quadratic_run):
     pixels = np.random.default_rng(0).integers(0, 256, (30, 41, 3), np.uint8)
     PIL.Image.fromarray(pixels).save(tmp_path / "mine.png")
@@ -402,13 +474,26 @@ def test_a_picture_of_ones_own_is_predicted_as_mode_predict_does(one, tmp_path, 
     settle(one)
     run = load_run(quadratic_run)
     image = pictures.read(epath.Path(tmp_path / "mine.png"), (8, 8, 1))
-    expected = predict.predict(run, image[None])[0]
-    np.testing.assert_allclose(one.evaluate("Array.from(prediction())"), expected, atol=0.02)  # rounding of pixels
+    shown = np.array(one.evaluate("Array.from(live.own)"), np.uint8).reshape(8, 8, 1)
+    assert np.abs(shown.astype(int) - image).max() <= 1  # the browser rounds once more
+    expected = predict.predict(run, shown[None])[0]
+    np.testing.assert_allclose(one.evaluate("Array.from(prediction())"), expected, atol=1e-4)
     assert state(one)["image"] == "own"
     (tmp_path / "text.png").write_text("hello")
     one.set_input_files("#file", tmp_path / "text.png")
     settle(one)
-    assert "no picture" in one.inner_text("#own-hint")
+    assert "no picture" in one.inner_text("#notice")
+
+
+def test_a_picture_of_ones_own_goes_to_both_runs(two, tmp_path, gated_run):
+    PIL.Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) * 4).save(tmp_path / "mine.png")
+    two.select_option("#other", "1")
+    two.set_input_files("#file", tmp_path / "mine.png")
+    settle(two)
+    run, image = load_run(gated_run), pictures.read(epath.Path(tmp_path / "mine.png"), (8, 8, 1))
+    maps = attention_maps(run.model, run.params, augment.normalize(jnp.asarray(image[None]), run.mean, run.std))
+    ours = two.evaluate("Array.from($('other-maps').maps[0][3].P)")
+    np.testing.assert_allclose(ours, maps[0][0, 3, 2, 2].ravel(), atol=1e-4)
 
 
 def test_a_picture_is_dropped_or_pasted(one):
@@ -433,13 +518,15 @@ def test_a_drawing_is_predicted_while_it_is_drawn(one):
     one.click("#draw")
     one.mouse.move(*cell(one, "picture", 0, 1))
     one.mouse.down()
-    one.mouse.move(*cell(one, "picture", 3, 1), steps=8)
-    one.mouse.up()
+    one.mouse.move(*cell(one, "picture", 3, 1))  # in one stroke, as a quick hand does
     settle(one)
-    assert state(one)["image"] == "own"
-    ink = one.evaluate("Array.from(live.own)")
-    assert max(ink) == 255 and 4 < sum(value > 100 for value in ink) < 40
-    assert one.locator("#prediction li").count() == 4
+    before = one.evaluate("Array.from(prediction())")
+    ink = np.array(one.evaluate("Array.from(live.own)")).reshape(8, 8)
+    assert state(one)["image"] == "own" and (ink[1:7, 2:4].max(1) == 255).all() and (ink > 100).sum() < 40
+    one.mouse.move(*cell(one, "picture", 3, 3))
+    settle(one)
+    assert one.evaluate("Array.from(prediction())") != before
+    one.mouse.up()
 
 
 # Saving
@@ -466,6 +553,38 @@ def test_the_view_is_saved_as_pictures_and_its_numbers_as_csv(two):
     np.testing.assert_allclose(jax.nn.softmax(scores), first, atol=1e-5)
 
 
+def test_the_link_to_the_view_is_copied(chromium, addresses):
+    with browser.opened(chromium, addresses["one"], permissions=["clipboard-read", "clipboard-write"]) as opened:
+        opened.locator("[name=values][value=scores]").click()
+        opened.click("#copy")
+        settle(opened)
+        assert "values=%22scores%22" in opened.evaluate("navigator.clipboard.readText()")
+
+
+# What the page allows
+
+
+def test_the_policy_allows_no_script_but_the_pages_own(chromium, addresses):
+    context = chromium.new_context()
+    opened = context.new_page()
+    opened.goto(addresses["one"])
+    opened.wait_for_selector("body[data-ready]")
+    with pytest.raises(Exception, match="Content Security Policy"):
+        opened.add_script_tag(content="document.body.dataset.broken = 1")
+    assert not opened.evaluate("'broken' in document.body.dataset")
+    assert opened.evaluate("fetch('https://example.org').then(() => 'sent', () => 'refused')") == "refused"
+    context.close()
+
+
+def test_a_name_that_ends_a_script_is_a_name(chromium, tmp_path, quadratic_run):
+    run = load_run(quadratic_run)
+    steps = network.steps(run)
+    shown = view.of_run(run, "</script><b>x", SHOWN, steps, half=False)
+    shown["classes"][0] = "</script><script>document.body.remove()</script>"
+    with browser.opened(chromium, browser.written(tmp_path, page.build([shown], [steps]))) as opened:
+        assert opened.evaluate("view().classes[0]") == shown["classes"][0] and opened.locator("b").count() == 0
+
+
 # Pages of other things
 
 
@@ -484,7 +603,7 @@ def test_maps_of_any_transformer_make_a_page(chromium, tmp_path, images):
     maps = [np.asarray(jax.nn.softmax(np.random.default_rng(n).normal(size=(2, 3, 25)), -1)) for n in range(2)]
     maps = [np.broadcast_to(of.reshape(2, 3, 1, 1, 5, 5), (2, 3, 5, 5, 5, 5)) for of in maps]
     write(epath.Path(tmp_path / "maps.npz"), Maps(maps, images))
-    address = browser.written(tmp_path, command.page_of_maps(tmp_path / "maps.npz"))
+    address = browser.written(tmp_path, command.page_of_maps(tmp_path / "maps.npz", 20))
     with browser.opened(chromium, address) as opened:
         opened.locator("[name=image][value='1']").click()
         assert opened.locator("#images canvas").count() == (0 if images is None else 3)
@@ -493,6 +612,25 @@ def test_maps_of_any_transformer_make_a_page(chromium, tmp_path, images):
         ours = opened.evaluate("Array.from($('large').map.P)")
         np.testing.assert_allclose(ours, maps[1][1, 0, 0, 0].ravel(), atol=1 / 255)
         assert not opened.is_visible("#prediction") and not opened.is_visible("#theorem-section")
+        opened.evaluate("openPicture(new Blob())")
+        assert "made of attention maps" in opened.inner_text("#notice")
+
+
+def test_an_expressed_layer_is_its_convolution_at_the_border_too(chromium, tmp_path):
+    workdir = tmp_path / "resnet"
+    experiment = create_experiment(program.tiny_config(resnet18, **{"model.layer": "attention"}))
+    start = random_state(experiment)
+    exact = jax.tree_util.tree_map_with_path(
+        lambda path, a: jnp.full_like(a, 16.0) if path[-1].key == "spreads" else a, start.params
+    )
+    workdir_lib.create(epath.Path(workdir), experiment.config, experiment.spec, start.replace(params=exact))
+    address = browser.written(tmp_path, command.page_of_runs([workdir], SHOWN, False, "newest"))
+    with browser.opened(chromium, address) as opened:
+        for query in ([0, 0], [3, 4]):
+            opened.evaluate("query => change({ query })", query)
+            settle(opened)
+            assert float(opened.inner_text("#distance")) < 1e-6
+            assert opened.inner_text("#facts").count("100.0%") == 2  # within 3x3 and 5x5
 
 
 def test_the_page_is_served_on_this_machine(chromium, quadratic_run):

@@ -7,6 +7,7 @@ import sys
 import zipfile
 
 import pytest
+from packaging.requirements import Requirement
 from program import ROOT
 
 pytestmark = pytest.mark.slow
@@ -37,15 +38,18 @@ def test_every_file_of_the_library_is_in_it_and_nothing_else(wheel):
 
 
 def test_its_dependencies_are_those_of_the_requirements(wheel):
-    metadata = read(wheel, "METADATA")
-    for list_ in ("system", "data", "tests"):
-        lines = (ROOT / "requirements" / f"{list_}.txt").read_text().splitlines()
-        needed = [line.partition("#")[0].strip() for line in lines if not line.startswith("#")]
-        for line in needed:
-            requirement = next(
-                r for r in metadata.splitlines() if r.startswith(f"Requires-Dist: {line.partition('>')[0]}")
+    of_wheel = {}
+    for line in read(wheel, "METADATA").splitlines():
+        if line.startswith("Requires-Dist: "):
+            text, _, extra = line.removeprefix("Requires-Dist: ").partition("extra == ")
+            of_wheel.setdefault(extra.strip("\"'") or "system", set()).add(
+                Requirement(text.rstrip("; ").removesuffix(" and"))
             )
-            assert ("extra ==" in requirement) == (list_ != "system"), requirement
+    assert set(of_wheel) == {"system", "data", "tests"}
+    for name, found in of_wheel.items():
+        lines = (ROOT / "requirements" / f"{name}.txt").read_text().splitlines()
+        needed = {Requirement(line.partition("#")[0]) for line in lines if not line.startswith("#")}
+        assert {(r.name, r.specifier) for r in found} == {(r.name, r.specifier) for r in needed}
 
 
 def test_its_commands_exist(wheel):

@@ -77,6 +77,7 @@ def test_a_page_without_marks_is_left_alone(tmp_path):
         ("--experiments=quadratc", "--experiments names quadratc"),
         ("--sweep=optimizer.momentum", "--sweep=optimizer.momentum is not understood"),
         ("--seeds=x", "--seeds names 'x'"),
+        ("--seeds=", "--seeds names ''"),
     ],
 )
 def test_what_is_wrong_is_said(tmp_path, argument, said):

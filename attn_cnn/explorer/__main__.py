@@ -13,8 +13,8 @@ from etils import epath
 from attn_cnn import cli, paths
 from attn_cnn.errors import UserError, first_line
 
-INLINED_BYTES = 2 * 2**20  # of a network; a larger one takes --weights
-GOES_WITH = {"weights": "--workdir", "images": "--workdir", "step": "--workdir"}
+INLINED_BYTES = 2 * 2**20  # of a network in single precision; a larger one takes --weights
+OF_RUNS = ("weights", "step")
 
 
 def page_of_runs(workdirs: Sequence[epath.PathLike], images: int, weights: bool, step: int | str) -> str:
@@ -23,7 +23,7 @@ def page_of_runs(workdirs: Sequence[epath.PathLike], images: int, weights: bool,
     Args:
       workdirs: of one run or several.
       images: number of test images to show.
-      weights: whether a network is part of the page that takes more than `INLINED_BYTES` in half precision.
+      weights: whether a network of more than `INLINED_BYTES` is part of the page, in half precision.
       step: which checkpoint, as `load_run` takes it.
 
     Raises:
@@ -37,24 +37,31 @@ def page_of_runs(workdirs: Sequence[epath.PathLike], images: int, weights: bool,
     for workdir in map(open_workdir, workdirs):
         run = load_run(workdir, step)
         steps = network.steps(run)
-        half = 4 * network.size(steps) > INLINED_BYTES
-        inlined = weights or 2 * network.size(steps) <= INLINED_BYTES
-        views.append(view.of_run(run, workdir.name, images, steps, half))
+        large = 4 * network.size(steps) > INLINED_BYTES
+        views.append(view.of_run(run, workdir.name, images, steps, large))
         views[-1]["history"] = view.history(workdir)
-        if any(layer["parameters"]["encoding"] == "maps" for layer in views[-1]["layers"]) or not inlined:
+        if any(layer["parameters"]["encoding"] == "maps" for layer in views[-1]["layers"]):
+            print(f"{workdir}: the page cannot compute this encoding; it has its maps, and leaves the network out.")
+            networks.append(None)
+        elif large and not weights:
+            print(f"{workdir}: the page leaves the network out, which is large; --weights puts it in.")
             networks.append(None)
         else:
-            networks.append([page.in_half_precision(step) for step in steps] if half else steps)
+            networks.append([page.in_half_precision(step) for step in steps] if large else steps)
     return page.build(views, networks)
 
 
-def page_of_maps(file: epath.PathLike) -> str:
-    """Returns the page of the attention maps in a file; raises UserError where they cannot be read."""
+def page_of_maps(file: epath.PathLike, images: int) -> str:
+    """Returns the page of the attention maps in a file, of its first images.
+
+    Raises:
+      UserError: the maps cannot be read.
+    """
     from attn_cnn import maps
     from attn_cnn.explorer import page, view
 
     path = paths.resolve(file, "--maps")
-    return page.build([view.of_maps(path.name, maps.read(path))], [None])
+    return page.build([view.of_maps(path.name, maps.read(path), images)], [None])
 
 
 def write(text: str, path: epath.Path) -> None:
@@ -90,11 +97,11 @@ def main(_):
     given = flags.FLAGS
     if bool(given.workdir) == bool(given.maps):
         raise UserError("name runs, as in --workdir=runs/quadratic_digits, or a file of maps, as in --maps=maps.npz.")
-    for name, goes_with in GOES_WITH.items():
+    for name in OF_RUNS:
         if given.maps and given[name].value != given[name].default:
-            raise UserError(f"--{name} goes with {goes_with} alone.")
+            raise UserError(f"--{name} goes with --workdir alone.")
     if given.maps:
-        text = page_of_maps(given.maps)
+        text = page_of_maps(given.maps, given.images)
     else:
         text = page_of_runs(given.workdir, given.images, given.weights, cli.step())
     write(text, paths.resolve(given.out, "--out"))

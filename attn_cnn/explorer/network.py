@@ -4,11 +4,12 @@ Each step is a dict with an `op` and its arrays. The current grid x, (H, W, feat
 
     patches side            concatenates each side x side patch's pixels
     linear kernel bias      x kernel + bias
-    attention layer value bias padding stride    sum_h A_h x W_h + bias, with the probabilities of the view's `layer`
+    attention layer value bias padding stride    sum_h A_h x W_h + bias, with the probabilities of the view's `layer`;
+                            in a ResNet also `path`, of the layer's parameters
     convolution kernel bias before after stride  zero-padded; kernel HWIO
     keep                    remembers x
     add shortcut            adds what was kept last, after the convolution `shortcut` where there is one
-    norm scale bias         LayerNorm over features
+    norm scale bias epsilon  LayerNorm over features
     gelu, relu
     mean                    over the grid
 
@@ -23,6 +24,7 @@ import numpy as np
 from jaxtyping import Float
 
 from attn_cnn import resnet
+from attn_cnn.model import LAYER_NORM_EPSILON
 from attn_cnn.training.runs import Run
 
 Step = dict[str, Any]
@@ -53,7 +55,8 @@ def _linear(params: dict) -> Step:
 
 
 def _norm(params: dict) -> Step:
-    return {"op": "norm", "scale": _float64(params["scale"]), "bias": _float64(params["bias"])}
+    scale, bias = _float64(params["scale"]), _float64(params["bias"])
+    return {"op": "norm", "scale": scale, "bias": bias, "epsilon": LAYER_NORM_EPSILON}
 
 
 def _classifier(params: dict, patch: int) -> Iterator[Step]:
@@ -107,14 +110,15 @@ def _resnet(params: dict, statistics: dict) -> Iterator[Step]:
     """Yields the steps of `resnet.ResNet18`, whose 3x3 convolutions may be attention."""
     attention_layer = 0
 
-    def normalised(params, statistics, name, norm, stride) -> Step:
+    def normalised(params, statistics, name, norm, stride, block="") -> Step:
         nonlocal attention_layer
         scale = _float64(params[norm]["scale"]) / np.sqrt(_float64(statistics[norm]["var"]) + resnet.BATCH_NORM_EPSILON)
         bias = _float64(params[norm]["bias"]) - _float64(statistics[norm]["mean"]) * scale
         if "value" in params[name]:
             value = _float64(params[name]["value"]["kernel"]) * scale
             bias += _float64(params[name]["value"]["bias"]) * scale
-            step = {"op": "attention", "layer": attention_layer, "value": value, "bias": bias}
+            path = f"{block}/{name}".removeprefix("/")
+            step = {"op": "attention", "path": path, "layer": attention_layer, "value": value, "bias": bias}
             attention_layer += 1
             return step | {"padding": 1, "stride": stride}
         kernel = _float64(params[name]["kernel"]) * scale
@@ -126,9 +130,9 @@ def _resnet(params: dict, statistics: dict) -> Iterator[Step]:
         block, seen = params[name], statistics[name]
         stride = 2 if "shortcut" in block and name != "stage0_block0" else 1
         yield {"op": "keep"}
-        yield normalised(block, seen, "conv1", "norm1", stride)
+        yield normalised(block, seen, "conv1", "norm1", stride, name)
         yield {"op": "relu"}
-        yield normalised(block, seen, "conv2", "norm2", 1)
+        yield normalised(block, seen, "conv2", "norm2", 1, name)
         add: Step = {"op": "add"}
         if "shortcut" in block:
             add["shortcut"] = normalised(block, seen, "shortcut", "shortcut_norm", stride)

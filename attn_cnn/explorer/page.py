@@ -86,14 +86,13 @@ def pack(tree: Any) -> tuple[str, str]:
 
 def in_half_precision(step: Step) -> Step:
     """Returns a step with its kernels in half precision; biases and norms stay, being few."""
-    return {
-        name: in_half_precision(value)
-        if isinstance(value, dict)
-        else value.astype(np.float16)
-        if name in ("kernel", "value")
-        else value
-        for name, value in step.items()
-    }
+
+    def halved(name: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return in_half_precision(value)
+        return value.astype(np.float16) if name in ("kernel", "value") else value
+
+    return {name: halved(name, value) for name, value in step.items()}
 
 
 def _hash(text: str) -> str:

@@ -2,7 +2,8 @@
 
 A view is plain dicts and lists with NumPy arrays in them; `page.pack` writes it, `static/mathematics.js` reads it.
 
-    name, about, step             to read; of maps that come alone, what follows but `layers` and `images` is missing
+    name, about                   to read
+    step                          of the checkpoint
     classes, mean, std            as `load_run` has them
     images, labels                of the first test images, uint8 (images, height, width, channels)
     probabilities                 of the classes for each image, as --mode=predict computes them
@@ -14,11 +15,14 @@ A view is plain dicts and lists with NumPy arrays in them; `page.pack` writes it
         gram                      <W_h, W_g>, the products of the value maps: energies of kernels follow from it
     history                       of the heads, by epoch; arrays as `heads.npz` documents them
 
+A view of attention maps alone has `name`, `about`, `layers` and, where they are known, `images`.
+
 An encoding is written by its name where the page can compute its scores, which is so for the project's own. Of another
 one, the page gets the scores by shift (`by_shift`) or, where these depend on the image, maps in 8 bits (`maps`).
 """
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import flax.serialization
@@ -92,8 +96,9 @@ def about(run: Run) -> str:
     return f"{what}, {run.config.data.name.rpartition('/')[2]}, step {run.step:,}"
 
 
-def of_maps(name: str, maps: Maps) -> View:
-    """Returns the view of the attention maps of any transformer."""
+def of_maps(name: str, maps: Maps, images: int) -> View:
+    """Returns the view of the attention maps of any transformer, of its first `images` images."""
+    maps = Maps([layer[:images] for layer in maps.layers], None if maps.images is None else maps.images[:images])
     of_layers = [
         {
             "name": f"Layer {number + 1}",
@@ -124,7 +129,7 @@ def layers(run: Run, images: Float[jax.Array, "_ height width channels"], steps:
     """Returns what the page knows of each layer that has attention."""
     attention = [step for step in steps if step["op"] == "attention" and "layer" in step]
     if run.config.model.name == "resnet18":
-        found = [_expressed_layer(*layer) for layer in expressed(run.params, run.config.model.image_shape[:2])]
+        found = list(_expressed_layers(run, steps))
     else:
         heads = jax.jit(functools.partial(heads_of_layers, run.model))(run.params, images)
         found = [_layer(number, *layer, half) for number, layer in heads.items()]
@@ -152,26 +157,17 @@ def _layer(number: int, encoding: Encoding, x: Float[jax.Array, "_ H W features"
     return layer | {"parameters": {"encoding": "by_shift", "scores": np.asarray(scores)}}
 
 
-def expressed(params: dict, grid: tuple[int, int]) -> list[tuple[str, dict, tuple[int, int]]]:
-    """Returns name, parameters and grid of each attention layer that stands in a ResNet for a convolution."""
-    found, side = [], 1
-    for name in ("conv1", *(f"stage{stage}_block{block}" for stage in range(4) for block in range(2))):
-        block = (
-            {name: params[name]}
-            if name == "conv1"
-            else {f"{name}/{conv}": params[name][conv] for conv in ("conv1", "conv2")}
-        )
-        for path, layer in block.items():
-            if "centers" in layer:
-                found.append((path, layer, (grid[0] // side, grid[1] // side)))
-            if path.endswith("_block0/conv1") and not path.startswith("stage0"):
-                side *= 2
-    return found
-
-
-def _expressed_layer(name: str, params: dict, grid: tuple[int, int]) -> View:
-    parameters = {"encoding": Quadratic.name, "centers": params["centers"], "spreads": params["spreads"]}
-    return {"name": name, "number": -1, "grid": list(grid), "padding": 1, "parameters": parameters}
+def _expressed_layers(run: Run, steps: list[Step]) -> Iterator[View]:
+    """Yields the attention layers that stand in a ResNet for convolutions; a stride halves the grid of what follows."""
+    height, width, _ = run.config.model.image_shape
+    for step in steps:
+        if step["op"] == "attention":
+            layer = functools.reduce(dict.__getitem__, step["path"].split("/"), run.params)
+            parameters = {"encoding": Quadratic.name, "centers": layer["centers"], "spreads": layer["spreads"]}
+            grid = {"grid": [height, width], "padding": step["padding"]}
+            yield {"name": step["path"], "number": -1, **grid, "parameters": parameters}
+        if step["op"] in ("attention", "convolution"):
+            height, width = (-(-side // step["stride"]) for side in (height, width))
 
 
 def history(workdir: epath.Path) -> dict[str, np.ndarray] | None:
@@ -187,7 +183,7 @@ def history(workdir: epath.Path) -> dict[str, np.ndarray] | None:
     names = next(names for names in choices if names[0] in numbers)
     epochs = len(numbers["epoch"])
     kept = np.unique(np.linspace(0, epochs - 1, min(epochs, EPOCHS)).round().astype(int))
-    return {name: numbers[name][kept] for name in ("epoch", *names) if name in numbers}
+    return {name: numbers[name][kept] for name in ("epoch", "step", *names) if name in numbers}
 
 
 def trail(workdir: epath.Path) -> dict[str, np.ndarray] | None:

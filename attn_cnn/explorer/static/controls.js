@@ -2,6 +2,7 @@
 /** The page's controls, which change the state, and its start. */
 
 let drawing = false; // whether strokes in the picture paint
+let stroke = [0, 0]; // where the last one was
 let pinned = false; // whether hovering leaves the query where it is
 let ticking = 0; // the timer that plays the training
 
@@ -19,7 +20,7 @@ function choices(id, options, chosen) {
 function addImage(value, caption, wrong = false) {
   const input = element("input", { type: "radio", name: "image", value });
   input.addEventListener("change", () => {
-    touch({ image: /^\d+$/.test(value) ? Number(value) : value });
+    ask({ image: /^\d+$/.test(value) ? Number(value) : value });
   });
   const { images } = view();
   const children = [input];
@@ -57,12 +58,11 @@ function buildImages() {
     }
   }
   if (images && count > 1) {
-    const kept = state.image;
-    state.image = "average";
-    addImage("average", "average").querySelector("canvas").getContext("2d").drawImage(inColor(picture(), images.shape.slice(1)), 0, 0);
-    state.image = kept;
+    const average = inColor(picture(state.run, "average"), images.shape.slice(1));
+    addImage("average", "average").querySelector("canvas").getContext("2d").drawImage(average, 0, 0);
   }
-  live.own = live.result = null;
+  live.own = null;
+  stopDrawing();
   $("own").hidden = $("own-hint").hidden = !networks[state.run];
   $("images-section").hidden = count < 2 && !networks[state.run];
   for (const id of ["heads-section", "head-section", "theorem-section", "saving", "details"]) $(id).hidden = !layers.length;
@@ -72,21 +72,26 @@ function buildImages() {
   $("picture-help").hidden = !layers.length;
 }
 
-/** Returns the pixel of a grid that a pointer is on. */
-function pixelUnder(event, [rows, columns]) {
-  const { left, top, width, height } = event.currentTarget.getBoundingClientRect();
+/** Returns the pixel of a grid at shares of its height and width. */
+function pixelAt(down, right, [rows, columns]) {
   const at = (share, count) => Math.min(Math.max(Math.floor(share * count), 0), count - 1);
-  return [at((event.clientY - top) / height, rows), at((event.clientX - left) / width, columns)];
+  return [at(down, rows), at(right, columns)];
+}
+
+/** Returns the pixel of a grid that a pointer is on. */
+function pixelUnder(event, grid) {
+  const { left, top, width, height } = event.currentTarget.getBoundingClientRect();
+  return pixelAt((event.clientY - top) / height, (event.clientX - left) / width, grid);
 }
 
 const ARROWS = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
 
-/** Calls a function with the step, [rows, columns], of each arrow key that is pressed on an element. */
+/** Calls a function with the step, [rows, columns], of each arrow key that is pressed on an element, and whether with Shift. */
 function onArrows(target, call) {
   target.addEventListener("keydown", (event) => {
     if (!(event.key in ARROWS)) return;
     event.preventDefault();
-    call(ARROWS[event.key]);
+    call(ARROWS[event.key], event.shiftKey);
   });
 }
 
@@ -111,19 +116,43 @@ function listenToPicture() {
   });
 }
 
-/** Paints a soft white dot into the person's own picture. */
+/** Paints a soft white line from where the pointer was last into the person's own picture. */
 function paint(event) {
   const [height, width, channels] = view().images.shape.slice(1);
-  const { left, top, width: wide } = event.currentTarget.getBoundingClientRect();
-  const [y, x] = [((event.clientY - top) * height) / wide, ((event.clientX - left) * width) / wide];
+  const box = event.currentTarget.getBoundingClientRect();
+  const to = [((event.clientY - box.top) * height) / box.height, ((event.clientX - box.left) * width) / box.width];
+  const from = event.type === "pointerdown" ? to : stroke;
+  stroke = to;
   const own = Uint8Array.from(live.own);
   const radius = Math.max(width / 12, 1.3);
   for (let n = 0; n < height * width; n++) {
-    const distance = Math.hypot(Math.floor(n / width) + 0.5 - y, (n % width) + 0.5 - x);
+    const distance = distanceToLine([Math.floor(n / width) + 0.5, (n % width) + 0.5], from, to);
     const ink = 255 * Math.min(1, Math.max(0, 1.5 - distance / radius));
     for (let c = 0; c < channels; c++) own[n * channels + c] = Math.max(own[n * channels + c], ink);
   }
   showOwn(own);
+}
+
+/** Returns how far a point is from the line between two others. */
+function distanceToLine([y, x], [y0, x0], [y1, x1]) {
+  const squared = (y1 - y0) ** 2 + (x1 - x0) ** 2;
+  const along = squared ? Math.min(1, Math.max(0, ((y - y0) * (y1 - y0) + (x - x0) * (x1 - x0)) / squared)) : 0;
+  return Math.hypot(y - y0 - along * (y1 - y0), x - x0 - along * (x1 - x0));
+}
+
+function stopDrawing() {
+  drawing = false;
+  $("draw").setAttribute("aria-pressed", false);
+  $("picture").classList.remove("drawing");
+  $("own-hint").textContent = "Drop or paste any picture.";
+}
+
+function startDrawing() {
+  drawing = true;
+  $("draw").setAttribute("aria-pressed", true);
+  $("picture").classList.add("drawing");
+  $("own-hint").textContent = "Draw in the picture above.";
+  showOwn(new Uint8Array(view().images.shape.slice(1).reduce((a, b) => a * b)));
 }
 
 function listenToMaps(canvas) {
@@ -141,8 +170,7 @@ function listenToMaps(canvas) {
     if (!map) return;
     const box = canvas.getBoundingClientRect();
     const [x, y, width, height] = canvas.tiles.at(...found);
-    const at = (share, count) => Math.min(Math.max(Math.floor(share * count), 0), count - 1);
-    const key = [at((event.clientY - box.top - y) / height, map.grid[0]), at((event.clientX - box.left - x) / width, map.grid[1])];
+    const key = pixelAt((event.clientY - box.top - y) / height, (event.clientX - box.left - x) / width, map.grid);
     showPointer(map, key, `${views[canvas.run].layers[found[0]].name}, head ${found[1] + 1}: `);
   });
   onArrows(canvas, ([rows, columns]) => change({ layer: state.layer + rows, head: state.head + columns }));
@@ -150,6 +178,7 @@ function listenToMaps(canvas) {
 
 /** Says what lies under the pointer: the shift, and the number there. */
 function showPointer(map, [k, l], whose = "") {
+  if (!map.values) return;
   const value = map.values[k * map.grid[1] + l];
   const where = inWords([k - map.query[0], l - map.query[1]]);
   const what = map.signed ? "difference" : state.values === "scores" ? "score" : "probability";
@@ -159,19 +188,25 @@ function showPointer(map, [k, l], whose = "") {
 function listenToHead() {
   const canvas = $("large");
   let dragged = false;
+  let key = null; // the pixel that the arrow keys read
   const name = () => `${state.layer}:${state.head}`;
   const center = () => gaussianOf(currentParameters(state.run, state.layer), state.head).center;
-  const move = (to) => touch({ centers: { ...state.centers, [name()]: to.map((value) => +value.toFixed(3)) } });
+  const move = (to) => ask({ centers: { ...state.centers, [name()]: to.map((value) => +value.toFixed(3)) } });
   const under = (event) => {
     const { left, top, width, height } = canvas.getBoundingClientRect();
     const { grid, query } = canvas.map;
     return [((event.clientY - top) / height) * grid[0] - query[0] - 0.5, ((event.clientX - left) / width) * grid[1] - query[1] - 0.5];
   };
-  canvas.addEventListener("pointerdown", (event) => {
-    if (!canMove()) return;
+  const isNear = (event) => {
+    if (!canMove()) return false;
     const [at, now] = [under(event), center()];
-    const near = (24 * canvas.map.grid[1]) / canvas.clientWidth;
-    dragged = Math.hypot(at[0] - now[0], at[1] - now[1]) <= near;
+    return Math.hypot(at[0] - now[0], at[1] - now[1]) <= (24 * canvas.map.grid[1]) / canvas.clientWidth;
+  };
+  // A finger on the center drags it instead of the page.
+  canvas.addEventListener("touchstart", (event) => isNear(event.touches[0]) && event.preventDefault(), { passive: false });
+  canvas.addEventListener("pointerdown", (event) => {
+    showPointer(canvas.map, pixelUnder(event, canvas.map.grid));
+    dragged = isNear(event);
     if (!dragged) return;
     canvas.setPointerCapture(event.pointerId);
     event.preventDefault();
@@ -181,21 +216,18 @@ function listenToHead() {
     showPointer(canvas.map, pixelUnder(event, canvas.map.grid));
   });
   for (const end of ["pointerup", "pointercancel"]) canvas.addEventListener(end, () => (dragged = false));
-  onArrows(canvas, (step) => {
-    if (canMove()) move(center().map((value, axis) => value + step[axis] / 4));
+  onArrows(canvas, (step, shift) => {
+    if (shift) return canMove() && move(center().map((value, axis) => value + step[axis] / 4));
+    const { grid, query } = canvas.map;
+    key = (key || query).map((at, axis) => Math.min(Math.max(at + step[axis], 0), grid[axis] - 1));
+    showPointer(canvas.map, key);
   });
 }
 
 function listenToOwn() {
   $("pick").addEventListener("click", () => $("file").click());
   $("file").addEventListener("change", () => $("file").files[0] && openPicture($("file").files[0]));
-  $("draw").addEventListener("click", () => {
-    drawing = !drawing;
-    $("draw").setAttribute("aria-pressed", drawing);
-    $("picture").classList.toggle("drawing", drawing);
-    say(drawing ? "Draw in the picture above." : "");
-    if (drawing) showOwn(new Uint8Array(picture().length));
-  });
+  $("draw").addEventListener("click", () => (drawing ? stopDrawing() : startDrawing()));
   document.addEventListener("paste", (event) => {
     const file = [...event.clipboardData.files].find(({ type }) => type.startsWith("image/"));
     if (file) openPicture(file);
@@ -220,7 +252,7 @@ function stopPlaying() {
 }
 
 function listenToTraining() {
-  const last = () => historyLength(view().history) - 1;
+  const last = () => places(view()) - 1;
   const choose = (epoch) => change({ epoch: epoch >= last() ? -1 : epoch });
   $("epoch").addEventListener("input", () => {
     stopPlaying();
@@ -241,21 +273,22 @@ function listenToTraining() {
 
 function listenToRest() {
   $("run").addEventListener("change", () => {
+    stopPlaying();
     Object.assign(state, { run: Number($("run").value), off: [], centers: {}, epoch: -1, image: state.image === "own" ? 0 : state.image });
     keepInRange();
     buildImages();
     recompute();
   });
-  $("other").addEventListener("change", () => change({ other: Number($("other").value) }));
+  $("other").addEventListener("change", () => ask({ other: Number($("other").value) }));
   $("outlines").addEventListener("change", () => change({ outlines: $("outlines").checked }));
   $("layer").addEventListener("change", () => change({ layer: Number($("layer").value) }));
   $("head").addEventListener("change", () => change({ head: Number($("head").value) }));
   $("sharpness").addEventListener("input", () => change({ sharpness: Number($("sharpness").value) }));
   $("on").addEventListener("change", () => {
     const name = `${state.layer}:${state.head}`;
-    touch({ off: $("on").checked ? state.off.filter((other) => other !== name) : [...state.off, name] });
+    ask({ off: $("on").checked ? state.off.filter((other) => other !== name) : [...state.off, name] });
   });
-  $("restore").addEventListener("click", () => touch({ off: [], centers: {} }));
+  $("restore").addEventListener("click", () => ask({ off: [], centers: {} }));
   $("save-png").addEventListener("click", async () => save(await asPng(), "image/png", "png"));
   $("save-svg").addEventListener("click", () => save(asSvg(), "image/svg+xml", "svg"));
   $("save-csv").addEventListener("click", () => save(asCsv(), "text/csv", "csv"));
@@ -269,6 +302,7 @@ function listenToRest() {
     }
   });
   window.addEventListener("hashchange", () => {
+    stopPlaying();
     readState(location.hash.slice(1));
     buildImages();
     recompute();
@@ -279,7 +313,7 @@ function listenToRest() {
 
 async function start() {
   views = await readDocument("view");
-  networks = views.map(() => null);
+  networks = views.map(() => undefined); // not read yet
   readState(location.hash.slice(1));
   $("run").replaceChildren(...views.map(({ name }, n) => new Option(name, n)));
   $("other").replaceChildren(new Option("none", -1), ...views.map(({ name }, n) => new Option(name, n)));
@@ -290,17 +324,15 @@ async function start() {
   buildImages();
   show();
   performance.mark("first view");
+  for (const listen of [listenToPicture, listenToHead, listenToOwn, listenToTraining, listenToRest]) listen();
+  for (const canvas of [$("maps"), $("other-maps")]) listenToMaps(canvas);
   networks = await readDocument("networks");
   buildImages();
-  listenToPicture();
-  listenToMaps($("maps"));
-  listenToMaps($("other-maps"));
-  listenToHead();
-  listenToOwn();
-  listenToTraining();
-  listenToRest();
   recompute();
   document.body.dataset.ready = "true";
 }
 
-start();
+start().catch((error) => {
+  $("about").textContent = `This browser cannot show the page: ${error.message}`;
+  throw error;
+});

@@ -94,11 +94,14 @@ function palette() {
     quiet: style.textDecorationColor,
     surface: style.backgroundColor,
     accent: style.accentColor,
+    empty: dark ? "#2a2e36" : "#efece7",
     more: channels(style.accentColor),
     less: dark ? [108, 178, 255] : [24, 92, 168],
     ground: channels(style.backgroundColor),
   };
 }
+
+const SMALL = 90; // pixels of the screen: a map that is no wider has room for nothing but itself
 
 const scratch = document.createElement("canvas");
 
@@ -126,12 +129,12 @@ function inColor(picture, [height, width, channels]) {
   });
 }
 
-/** Returns a canvas of its own with a picture in pale grey, on which maps can be read. */
+/** Returns a canvas of its own with a picture in grey so pale that it does not change the colours of maps on it. */
 function backdrop(picture, [height, width, channels], { ground, dark }) {
   const drawn = pixels(height, width, (n) => {
     let grey = 0;
     for (let c = 0; c < channels; c++) grey += picture[n * channels + c] / channels;
-    const color = ground.map((g) => (dark ? g + (grey / 255) * 84 : g - (1 - grey / 255) * 74));
+    const color = ground.map((g) => (dark ? g + (grey / 255) * 34 : g - (1 - grey / 255) * 30));
     return [...color, 1];
   });
   const own = document.createElement("canvas");
@@ -190,7 +193,7 @@ function drawMap(pen, map, x, y, width, height, colors, ground, { contours = fal
   const place = ([column, row]) => [x + column * cellX, y + row * cellY];
   pen.clipped(x, y, width, height, () => {
     if (ground) pen.picture(ground, x, y, width, height);
-    else pen.rectangle(x, y, width, height, colors.dark ? "#2a2e36" : "#efece7");
+    else pen.rectangle(x, y, width, height, colors.empty);
     if (map.off) return pen.lines([[[x, y], [x + width, y + height]]], colors.quiet, thickness);
     if (map.values) pen.picture(heat(map.values, map.grid, colors, map.signed), x, y, width, height);
     if (contours && map.P)
@@ -207,17 +210,18 @@ function drawMap(pen, map, x, y, width, height, colors, ground, { contours = fal
       }
       const [cx, cy] = place([column, row]);
       const arm = contours ? 6 : 3;
-      pen.lines([[[cx - arm, cy], [cx + arm, cy]], [[cx, cy - arm], [cx, cy + arm]]], colors.text, thickness + 0.5);
+      const cross = [[[cx - arm, cy], [cx + arm, cy]], [[cx, cy - arm], [cx, cy + arm]]];
+      if (width > SMALL) pen.lines(cross, colors.text, thickness + 0.5);
     }
     drawQuery(pen, place, map.query, thickness);
   });
 }
 
-/** Draws a frame around the query pixel that stands out on light and dark. */
+/** Draws a frame around the query pixel that stands out on light and dark; in small maps a line that hides little. */
 function drawQuery(pen, place, [i, j], thickness) {
   const frame = [[j, i], [j + 1, i], [j + 1, i + 1], [j, i + 1], [j, i], [j + 1, i]].map(place);
-  pen.lines([frame], "#000000", thickness + 1.5);
-  pen.lines([frame], "#ffffff", thickness);
+  if (thickness > 1) pen.lines([frame], "#000000", thickness + 1.5);
+  pen.lines([frame], thickness > 1 ? "#ffffff" : "#7a7a7a", thickness);
 }
 
 /** Returns where the tiles of `rows` x `columns` heads lie on a canvas that is `width` wide, the first at `top`. */
@@ -233,15 +237,15 @@ function tiling(rows, columns, width, aspect, top = 20) {
   return { at, find, height: top + rows * (tall + gap) - gap + 2, left, top, tile, tall };
 }
 
-/** Draws all heads: a row of tiles for each layer. `maps[layer][head]` are as for drawMap. */
-function drawMaps(pen, maps, tiles, colors, ground, chosen) {
+/** Draws all heads: a row of tiles for each layer, with its name. `maps[layer][head]` are as for drawMap. */
+function drawMaps(pen, maps, tiles, colors, ground, names, chosen) {
   maps.forEach((heads, row) => {
-    pen.text(String(row + 1), 8, tiles.at(row, 0)[1] + tiles.tall / 2 + 4, colors.quiet, 12);
+    pen.text(names[row], 8, tiles.at(row, 0)[1] + tiles.tall / 2 + 4, colors.quiet, 12);
     heads.forEach((map, column) => {
       const [x, y, width, height] = tiles.at(row, column);
       if (row === 0) pen.text(String(column + 1), x + width / 2, y - 8, colors.quiet, 12);
       if (!map) return;
-      drawMap(pen, map, x, y, width, height, colors, ground);
+      drawMap(pen, map, x, y, width, height, colors, ground, { thickness: width > SMALL ? 1.25 : 1 });
       if (chosen && row === chosen[0] && column === chosen[1]) {
         const [r, b] = [x + width, y + height];
         pen.lines([[[x, y], [r, y], [r, b], [x, b], [x, y], [r, y]]], colors.accent, 3);

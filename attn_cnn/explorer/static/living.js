@@ -3,27 +3,32 @@
 
 let computing = 0; // counts computations, so that an old one stops when a new one begins
 
-/** Computes the network anew where the picture or the heads are not those that the page came with. */
+/** Asks the networks of the runs that are shown, where the page did not come with the answer. */
 async function recompute() {
   const mine = ++computing;
-  const touched = state.image === "own" || state.off.length || Object.keys(state.centers).length;
-  const current = picture();
-  if (!touched || !networks[state.run] || !current || state.image === "average") {
-    if (live.result) live.result = null;
-    $("progress").hidden = true;
-    return change({});
+  for (const run of compared() ? [state.run, state.other] : [state.run]) {
+    if (!mustAsk(run) || answer(run)) continue;
+    const asked = question(run);
+    const result = await inSlices(predictor(picture(run), run), () => mine === computing);
+    if (mine !== computing) return;
+    live.answers[run] = { ...result, question: asked };
   }
-  const result = await inSlices(predictor(current), () => mine === computing);
-  if (mine !== computing) return;
-  live.result = result;
+  $("progress").hidden = true;
   change({});
 }
 
-/** Returns the computation of the network for pixels, with the heads as they are now. */
-function predictor(current) {
-  const { images, layers, mean, std } = view();
-  const shown = layers.map((layer, n) => ({ ...layer, parameters: state.epoch < 0 ? currentParameters(state.run, n) : layer.parameters }));
-  return runNetwork(networks[state.run], shown, normalised(current, images.shape.slice(1), mean, std), new Set(state.off));
+/** Returns whether a run's network is here, and is asked about another picture or other heads than the page came with. */
+function mustAsk(run) {
+  const touched = run === state.run && (state.off.length || Object.keys(state.centers).length);
+  return Boolean(networks[run] && picture(run) && state.image !== "average" && (state.image === "own" || touched));
+}
+
+/** Returns the computation of a run's network for pixels, with the heads as they are now. */
+function predictor(pixels, run = state.run) {
+  const { images, layers, mean, std } = views[run];
+  const shown = layers.map((layer, n) => ({ ...layer, parameters: movedParameters(run, n) }));
+  const off = new Set(run === state.run ? state.off : []);
+  return runNetwork(networks[run], shown, normalised(pixels, images.shape.slice(1), mean, std), off);
 }
 
 const SLICE = 40; // milliseconds
@@ -46,35 +51,40 @@ async function inSlices(generator, wanted) {
   }
 }
 
-function touch(changes) {
+/** Changes what a network is asked. */
+function ask(changes) {
   change(changes);
   recompute();
 }
 
-/** Makes a picture the person's own: pixels of the size that the network takes. */
-function showOwn(own) {
-  live.own = own;
-  live.version = (live.version || 0) + 1;
+/** Makes pixels of the size that the network takes the person's own picture. */
+function showOwn(pixels) {
+  const shape = view().images.shape.slice(1);
+  live.own = Object.assign(pixels, { shape, version: (live.own?.version || 0) + 1 });
   if (!$("images").querySelector('[value="own"]')) addImage("own", "yours");
   const canvas = $("images").querySelector('[value="own"]').parentNode.querySelector("canvas");
-  canvas.getContext("2d").drawImage(inColor(own, view().images.shape.slice(1)), 0, 0);
-  touch({ image: "own" });
+  canvas.getContext("2d").drawImage(inColor(pixels, shape), 0, 0);
+  ask({ image: "own" });
 }
 
 async function openPicture(file) {
-  if (!networks[state.run]) return say("The network is not part of this page; make it with --weights to try pictures of your own.");
+  if (!view().classes) return notice("There is no network in this page to show a picture to: it was made of attention maps.");
+  if (!networks[state.run]) return notice("The network is not part of this page; make it with --weights to try pictures of your own.");
   let bitmap;
   try {
     bitmap = await createImageBitmap(file);
   } catch {
-    return say(`${file.name || "That"} is no picture that this browser reads.`);
+    return notice(`${file.name || "That"} is no picture that this browser reads.`);
   }
   const canvas = element("canvas", { width: bitmap.width, height: bitmap.height });
-  canvas.getContext("2d").drawImage(bitmap, 0, 0);
-  showOwn(fitted(canvas.getContext("2d").getImageData(0, 0, bitmap.width, bitmap.height), view().images.shape.slice(1)));
-  say("");
+  const context = canvas.getContext("2d");
+  context.fillRect(0, 0, bitmap.width, bitmap.height); // what is transparent is black
+  context.drawImage(bitmap, 0, 0);
+  showOwn(fitted(context.getImageData(0, 0, bitmap.width, bitmap.height), view().images.shape.slice(1)));
+  notice("");
 }
 
-function say(words) {
-  $("own-hint").textContent = words || "Drop or paste any picture.";
+/** Tells the person something about their picture. */
+function notice(words) {
+  $("notice").textContent = words;
 }

@@ -145,12 +145,12 @@ const logarithm = (p) => (p > 0 ? Math.log(p) : -104);
 
 const adding = (others) => (value, n) => value + others[n];
 
-/** Returns the share of position in a gated head. */
-const gateOf = (parameters, head) => 1 / (1 + Math.exp(-parameters.gates[head]));
+/** Returns the share of position in a gated head; of others undefined. */
+const gateOf = ({ gates, shares }, head) => (gates ? 1 / (1 + Math.exp(-gates[head])) : shares?.[head]);
 
 function mapOf({ maps, largest }, head, [i, j], [height, width], image) {
   const pixels = height * width;
-  const at = (Math.min(image, maps.shape[0] - 1) * maps.shape[1] + head) * pixels + i * width + j;
+  const at = (image * maps.shape[1] + head) * pixels + i * width + j;
   return Float32Array.from(maps.subarray(at * pixels, (at + 1) * pixels), (value) => (value * largest[at]) / 255);
 }
 
@@ -173,7 +173,7 @@ function gaussianOf(parameters, head) {
 }
 
 /** Returns what a head does at a query: mean, covariance and peak of the shift, entropy in nats, mass in windows. */
-function measures(P, [i, j], [height, width]) {
+function measures({ P, query: [i, j], grid: [height, width] }) {
   const result = { mean: [0, 0], covariance: [0, 0, 0, 0], entropy: 0, peak: 0, peakShift: [0, 0], mass: { 3: 0, 5: 0 } };
   for (let k = 0; k < height; k++)
     for (let l = 0; l < width; l++) {

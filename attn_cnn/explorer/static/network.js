@@ -58,14 +58,14 @@ const OPERATIONS = {
   },
   attention: ({ bias }, x) => withBias(grid(x.height, x.width, bias.length), bias), // without heads
   convolution: (step, x) => convolution(step, x),
-  norm: ({ scale, bias }, x) => {
+  norm: ({ scale, bias, epsilon }, x) => {
     const y = grid(x.height, x.width, x.features);
     for (let start = 0; start < x.data.length; start += x.features) {
       let mean = 0;
       let variance = 0;
       for (let f = 0; f < x.features; f++) mean += x.data[start + f] / x.features;
       for (let f = 0; f < x.features; f++) variance += (x.data[start + f] - mean) ** 2 / x.features;
-      const inverse = 1 / Math.sqrt(variance + 1e-12);
+      const inverse = 1 / Math.sqrt(variance + epsilon);
       for (let f = 0; f < x.features; f++) y.data[start + f] = (x.data[start + f] - mean) * inverse * scale[f] + bias[f];
     }
     return y;
@@ -161,7 +161,8 @@ function normalised(pixels, [height, width, features], mean, std) {
 
 /** Returns the pixels of a picture, {data, width, height} in RGBA, at a size, in colour or grey, as Pillow makes them. */
 function fitted(picture, [height, width, channels]) {
-  const colors = picture.data.filter((_, n) => n % 4 < 3);
+  const colors = new Uint8ClampedArray(3 * picture.width * picture.height);
+  for (let n = 0; n < colors.length; n++) colors[n] = picture.data[n + Math.floor(n / 3)]; // without opacity
   const wide = resampled(colors, picture.height, picture.width, 3, width);
   const pixels = resampled(wide, 1, picture.height, 3 * width, height);
   if (channels > 1) return pixels;

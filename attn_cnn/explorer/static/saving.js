@@ -3,19 +3,19 @@
 
 /** Returns every number of the view: a row for each run, layer, head and key. */
 function asCsv() {
-  const rows = ["run,layer,head,query_row,query_column,key_row,key_column,probability,score"];
+  const rows = ["run,image,part,epoch,layer,head,query_row,query_column,key_row,key_column,probability,score"];
   for (const run of compared() ? [state.run, state.other] : [state.run]) {
-    const kept = state.values;
-    state.values = "scores";
-    allMaps(run).forEach((heads, n) =>
-      heads.forEach(({ P, values, grid, query }, head) => {
-        for (let key = 0; key < P.length; key++) {
-          const place = [...query, Math.floor(key / grid[1]), key % grid[1]];
-          rows.push([quoted(views[run].name), n + 1, head + 1, ...place, +P[key].toPrecision(7), +values[key].toPrecision(7)].join());
-        }
-      }),
-    );
-    state.values = kept;
+    const { name, layers, history } = views[run];
+    const image = Number.isInteger(state.image) ? state.image + 1 : state.image;
+    const epoch = isPast(run) && history.epoch ? history.epoch[Math.min(state.epoch, history.epoch.length - 1)] : "";
+    layers.forEach((layer, n) => {
+      for (let head = 0; head < headsOf(layer.parameters); head++) {
+        const { P, values, grid, query } = headMap(run, n, head, { kind: "scores" });
+        const whose = [quoted(name), image, state.part, epoch, quoted(layer.name), head + 1, ...query].join();
+        for (let key = 0; P && key < P.length; key++)
+          rows.push([whose, Math.floor(key / grid[1]), key % grid[1], +P[key].toPrecision(7), +values[key].toPrecision(7)].join());
+      }
+    });
   }
   return `${rows.join("\n")}\n`;
 }
@@ -31,10 +31,10 @@ const FIGURE_WIDTH = 960;
 /** Returns what the page shows of all heads, ready to be drawn: parts with a title, maps and tiles, and the height. */
 function figure() {
   let top = 0;
-  const parts = shownMaps(allMaps(state.run)).map(({ title, maps }) => {
+  const parts = shownMaps(allMaps(state.run)).map(({ title, maps }, n) => {
     const tiles = tilesOf(maps, FIGURE_WIDTH - 22, top + 56);
     top = tiles.height + 12;
-    return { title, maps, tiles };
+    return { title, maps, tiles, run: n ? state.other : state.run };
   });
   return { parts, height: top };
 }
@@ -42,9 +42,9 @@ function figure() {
 function drawFigure(pen, { parts, height }) {
   const colors = palette();
   pen.rectangle(0, 0, FIGURE_WIDTH, height, colors.surface);
-  for (const { title, maps, tiles } of parts) {
+  for (const { title, maps, tiles, run } of parts) {
     pen.text(title, 22, tiles.top - 30, colors.text, 14, "start", 600);
-    drawMaps(pen, maps, tiles, colors, ground(colors));
+    drawMaps(pen, maps, tiles, colors, ground(run, colors), views[run].layers.map(rowName));
   }
 }
 

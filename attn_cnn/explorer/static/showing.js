@@ -21,7 +21,7 @@ function element(tag, properties = {}, ...children) {
   return made;
 }
 
-let shownGround = {}; // the pale picture behind the maps, and what it was made of
+const grounds = []; // by run: the pale picture behind the maps, and what it was made of
 let waiting = false;
 
 /** Changes the state, and draws what follows before the next frame. */
@@ -45,7 +45,7 @@ function show() {
     const maps = allMaps(state.run);
     showMaps(maps, colors);
     showHead(maps[state.layer][state.head], colors);
-    showTheorem(maps[state.layer], colors);
+    showTheorem(colors);
   }
   soon("address", 250, () => history.replaceState(null, "", `#${stateText()}`));
   soon("reader", 350, showForReaders);
@@ -59,13 +59,13 @@ function soon(name, milliseconds, call) {
   timers[name] = setTimeout(call, milliseconds);
 }
 
-/** Returns the pale picture that maps lie on; null where a run has none. */
-function ground(colors) {
-  const drawn = picture();
+/** Returns the pale picture that a run's maps lie on; null where it has none. */
+function ground(run, colors) {
+  const drawn = picture(run);
   if (!drawn) return null;
-  const key = [state.run, state.image, colors.dark, state.image === "own" ? live.version : 0].join();
-  if (shownGround.key !== key) shownGround = { key, canvas: backdrop(drawn, view().images.shape.slice(1), colors) };
-  return shownGround.canvas;
+  const key = [state.image, colors.dark, state.image === "own" && live.own.version].join();
+  if (grounds[run]?.key !== key) grounds[run] = { key, canvas: backdrop(drawn, views[run].images.shape.slice(1), colors) };
+  return grounds[run].canvas;
 }
 
 function showChoices() {
@@ -86,14 +86,17 @@ function check(group, value) {
 
 function showPicture(colors) {
   const canvas = $("picture");
-  const width = canvas.clientWidth;
-  const pen = canvasPen(canvas, width, width);
-  const drawn = picture();
-  if (drawn) pen.picture(inColor(drawn, view().images.shape.slice(1)), 0, 0, width, width);
-  else pen.rectangle(0, 0, width, width, colors.dark ? "#2a2e36" : "#efece7");
-  if (!view().layers.length) return;
   const [rows, columns] = finestGrid();
-  drawQuery(pen, ([x, y]) => [(x * width) / columns, (y * width) / rows], state.query, 2);
+  const [tall, wide] = view().images ? view().images.shape.slice(1) : [rows, columns];
+  canvas.style.aspectRatio = `${wide} / ${tall}`;
+  const width = canvas.clientWidth;
+  const height = (width * tall) / wide;
+  const pen = canvasPen(canvas, width, height);
+  const drawn = picture();
+  if (drawn) pen.picture(inColor(drawn, view().images.shape.slice(1)), 0, 0, width, height);
+  else pen.rectangle(0, 0, width, height, colors.empty);
+  if (!view().layers.length) return;
+  drawQuery(pen, ([x, y]) => [(x * width) / columns, (y * height) / rows], state.query, 2);
   const pixel = `row ${state.query[0] + 1} of ${rows}, column ${state.query[1] + 1} of ${columns}`;
   canvas.setAttribute("aria-label", `Picture with the query pixel: ${pixel}`);
 }
@@ -103,8 +106,7 @@ function showPrediction() {
   $("prediction-section").hidden = !view().classes;
   if (!now) {
     $("prediction").replaceChildren();
-    const reason = networks[state.run] ? "" : "The network is not part of this page (--weights).";
-    $("prediction-note").textContent = state.image === "average" ? "The average of images has no prediction." : reason;
+    $("prediction-note").textContent = state.image === "average" ? "The average of images has no prediction." : "";
     return;
   }
   const { classes, labels } = view();
@@ -121,10 +123,12 @@ function showPrediction() {
   const touched = [];
   if (state.off.length) touched.push(`${state.off.length} ${state.off.length > 1 ? "heads" : "head"} off`);
   if (Object.keys(state.centers).length) touched.push(`${Object.keys(state.centers).length} moved`);
-  const truth = label >= 0 ? `Label: ${classes[label]}.` : "";
-  const now_ = touched.length && live.result ? `With ${touched.join(", ")}.` : "";
-  const cannot = touched.length && !networks[state.run] ? "The network is not part of this page (--weights), so the prediction stays." : "";
-  $("prediction-note").textContent = [truth, now_, cannot].filter(Boolean).join(" ");
+  const notes = [];
+  if (label >= 0) notes.push(`Label: ${classes[label]}.`);
+  if (touched.length && answer(state.run)) notes.push(`With ${touched.join(", ")}.`);
+  if (touched.length && networks[state.run] === null) notes.push("The network is not part of this page (--weights), so the prediction stays.");
+  if (isPast(state.run)) notes.push("The prediction is the checkpoint's.");
+  $("prediction-note").textContent = notes.join(" ");
 }
 
 /** Returns what the figure shows of the maps of the run, and of those beside it: sets of maps, with a title each. */
@@ -136,6 +140,9 @@ function shownMaps(maps) {
   if (state.sides === "difference") return [{ title: `${name} minus ${otherName}`, maps: differences(maps, other) }];
   return [{ title: name, maps }, { title: otherName, maps: other }];
 }
+
+/** Returns what the row of a layer is called: its place among all layers, where it has one. */
+const rowName = ({ number }, n) => String((number >= 0 ? number : n) + 1);
 
 function tilesOf(maps, width, top) {
   const [height, across] = maps.flat().find(Boolean)?.grid || [1, 1];
@@ -150,31 +157,40 @@ function showMaps(maps, colors) {
     const tiles = tilesOf(shown[n].maps, canvas.clientWidth);
     canvas.style.height = `${tiles.height}px`;
     const run = n ? state.other : state.run;
-    drawMaps(canvasPen(canvas, canvas.clientWidth, tiles.height), shown[n].maps, tiles, colors, ground(colors), n ? null : [state.layer, state.head]);
+    const chosen = n ? null : [state.layer, state.head];
+    const pen = canvasPen(canvas, canvas.clientWidth, tiles.height);
+    drawMaps(pen, shown[n].maps, tiles, colors, ground(run, colors), views[run].layers.map(rowName), chosen);
     Object.assign(canvas, { tiles, maps: shown[n].maps, run });
     canvas.setAttribute("aria-label", `Attention of all heads of ${shown[n].title}, a row for each layer; the table below has the numbers`);
-    const scale = shown[n].maps.flat().some((map) => map?.signed) ? " (orange: more; blue: less)" : "";
-    $(n ? "other-caption" : "maps-caption").textContent = shown.length > 1 || compared() ? shown[n].title + scale : "A row for each layer; each head on its own scale";
+    $(n ? "other-caption" : "maps-caption").textContent = captionOf(shown[n]);
   });
   showTraining();
 }
 
+function captionOf({ title, maps }) {
+  const all = maps.flat();
+  if (all.some((map) => map?.signed)) return `${title} (orange: more; blue: less)`;
+  if (all.some((map) => map.values === null)) return `${title}: its maps of this picture are not known here`;
+  return compared() ? title : "A row for each layer; each head on its own scale";
+}
+
 function showTraining() {
-  const { history } = view();
-  $("training").hidden = !history;
-  if (!history) return;
-  const length = historyLength(history);
-  const at = state.epoch < 0 ? length - 1 : state.epoch;
+  const { history, step } = view();
+  $("training").hidden = places(view()) < 2;
+  $("training-note").textContent = "";
+  if ($("training").hidden) return;
+  const last = places(view()) - 1;
+  const at = state.epoch < 0 ? last : state.epoch;
   const [unit, counts] = history.epoch ? ["Epoch", history.epoch] : ["Step", history.step];
-  $("epoch").max = length - 1;
+  $("epoch").max = last;
   $("epoch").value = at;
-  $("epoch-output").textContent = `${unit} ${counts[at]} of ${counts[length - 1]}`;
+  $("epoch-output").textContent = at < counts.length ? `${unit} ${counts[at]} of ${counts[counts.length - 1]}` : `Checkpoint, step ${step}`;
   $("epoch").setAttribute("aria-valuetext", $("epoch-output").textContent);
-  const past = state.epoch >= 0;
-  let note = "";
-  if (past && history.mean_shift) note = "These heads look where the image says: the maps are the checkpoint's, the outlines those of this epoch.";
-  else if (past && hasContent(view())) note = "Maps of the positional part alone at this epoch.";
-  $("training-note").textContent = note;
+  if (!isPast(state.run)) return;
+  if (history.mean_shift)
+    $("training-note").textContent =
+      "These heads look where the image says: the maps are the checkpoint's. The outlines are those of this epoch, averaged over queries and images.";
+  else if (hasContent(view())) $("training-note").textContent = "Maps of the positional part alone at this epoch.";
 }
 
 function showHead(map, colors) {
@@ -184,33 +200,35 @@ function showHead(map, colors) {
   const width = canvas.clientWidth;
   const height = (width * map.grid[0]) / map.grid[1];
   canvas.style.aspectRatio = `${map.grid[1]} / ${map.grid[0]}`;
-  let drawn = map;
-  if (compared() && state.sides === "difference") {
-    const all = differences([[map]], [[otherHead()]]);
-    drawn = all[0][0] || map;
-  }
-  drawMap(canvasPen(canvas, width, height), drawn, 0, 0, width, height, colors, ground(colors), { contours: state.outlines, thickness: 1.5 });
-  canvas.map = map;
+  const different = compared() && state.sides === "difference";
+  const drawn = different ? difference(map, otherHead()) || { ...map, values: null, P: null, outline: null } : map;
+  const backdrop = ground(state.run, colors);
+  drawMap(canvasPen(canvas, width, height), drawn, 0, 0, width, height, colors, backdrop, { contours: state.outlines, thickness: 1.5 });
+  canvas.map = drawn;
   fill($("layer"), layers.map(({ name }) => name), state.layer);
   fill($("head"), Array.from({ length: headsOf(layers[state.layer].parameters) }, (_, n) => `Head ${n + 1}`), state.head);
   $("on").checked = !map.off;
   $("surgery").hidden = !view().classes;
   canvas.setAttribute("aria-label", `${layers[state.layer].name}, head ${state.head + 1}, enlarged`);
-  $("large-help").textContent = canMove() ? "Drag the cross to move the head's center, or use the arrow keys." : "";
+  const keys = canMove() ? " Drag the cross, or press Shift and an arrow key, to move the head's center." : "";
+  $("large-help").textContent = `Point at a pixel, or press the arrow keys, to read it.${keys}`;
   showFacts(map, parameters);
 }
 
+/** Returns the map of the chosen head in the other run; null where that has no such head. */
 function otherHead() {
-  const layer = views[state.other].layers[state.layer];
-  return layer && state.head < headsOf(layer.parameters) ? headMap(state.other, state.layer, state.head) : null;
+  const { layers } = views[state.other];
+  const n = layers.findIndex(({ name }) => name === view().layers[state.layer].name);
+  return n >= 0 && state.head < headsOf(layers[n].parameters) ? headMap(state.other, n, state.head) : null;
 }
 
 /** Returns whether the head is a Gaussian whose center can be moved now. */
 const canMove = () => state.epoch < 0 && gaussianOf(view().layers[state.layer].parameters, state.head) !== null;
 
-/** Returns the facts about a head: [name, text] each. */
+/** Returns the facts about a head of the first run: [name, text] each. */
 function factsOf(map, parameters, head) {
-  const found = measures(map.P, map.query, map.grid);
+  if (!map.P) return [["Map", "not known of this picture"]];
+  const found = measures(map.whole);
   const gaussian = gaussianOf(parameters, head);
   const facts = [
     gaussian ? ["Center", inWords(gaussian.center)] : ["Mean shift", inWords(found.mean)],
@@ -219,12 +237,14 @@ function factsOf(map, parameters, head) {
     ["Within 3\u00d73", percent(found.mass[3])],
     ["Within 5\u00d75", percent(found.mass[5])],
   ];
-  if (parameters.gates) facts.push(["Gate to position", percent(gateOf(parameters, head))]);
+  const gate = gateOf(parameters, head);
+  if (gate !== undefined) facts.push(["Gate to position", percent(gate)]);
   return facts;
 }
 
 function showFacts(map, parameters) {
   const facts = factsOf(map, parameters, state.head);
+  if (compared()) facts.unshift(["Run", view().name]);
   $("facts").replaceChildren(
     ...facts.flatMap(([name, text]) => [element("dt", { textContent: name }), element("dd", { textContent: text })]),
   );
@@ -237,36 +257,52 @@ function fill(select, names, chosen) {
   select.value = chosen;
 }
 
-function showTheorem(asTheyAre, colors) {
-  const layer = view().layers[state.layer];
-  $("theorem-section").hidden = !layer.gram;
-  if (!layer.gram) return;
-  const [heads, sharpness] = [headsOf(layer.parameters), 2 ** state.sharpness];
-  const parameters = currentParameters(state.run, state.layer);
-  const sharp = (_, head) => headMap(state.run, state.layer, head, { parameters, sharpness });
-  const maps = sharpness === 1 ? asTheyAre : Array.from({ length: heads }, sharp);
-  const P = maps.map((map) => map.P);
-  const energy = energies(P, layer.gram);
-  const { grid, query } = maps[0];
-  const canvas = $("kernel");
-  const width = canvas.clientWidth;
-  const drawn = { values: energy.map((value) => Math.sqrt(Math.max(value, 0))), grid, query };
-  drawMap(canvasPen(canvas, width, (width * grid[0]) / grid[1]), drawn, 0, 0, width, (width * grid[0]) / grid[1], colors, null, { thickness: 2 });
-  canvas.style.aspectRatio = `${grid[1]} / ${grid[0]}`;
-  $("kernel-caption").textContent = `${layer.name}: size of the kernel by shift`;
-  const content = layer.features || layer.parameters.encoding === "maps";
-  $("theorem-text").textContent =
-    `At this query the layer is a convolution with the kernel \u03a3 A[shift] W over its ${heads} heads. ` +
-    (content
-      ? "Its heads look where the image says, so the kernel is another at each pixel."
-      : "Away from the border the kernel is the same at each pixel.");
+/**
+ * Shows the convolution that the layer is: of the checkpoint, whose value maps `gram` is of, in all parts of its scores,
+ * without the heads that are off.
+ */
+function showTheorem(colors) {
+  const { layers } = view();
+  const layer = layers[state.layer];
+  const on = Array.from({ length: headsOf(layer.parameters) }, (_, head) => head).filter((head) => !isOff(state.run, state.layer, head));
+  const sharpness = 2 ** state.sharpness;
+  const parameters = movedParameters(state.run, state.layer);
+  const maps = layer.gram ? on.map((head) => headMap(state.run, state.layer, head, { parameters, sharpness, part: "total" })) : [];
+  $("theorem-section").hidden = !maps.length || maps.some((map) => !map.P);
+  if ($("theorem-section").hidden) return;
+  const P = maps.map((map) => map.whole.P);
+  const gram = on.flatMap((head) => on.map((other) => layer.gram[head * layer.gram.shape[1] + other]));
+  const energy = energies(P, gram);
+  showKernel(layer, maps[0], energy, colors);
+  const { query, grid } = maps[0].whole;
   const sides = [1, 3, 5, 7].filter((side) => side <= 2 * Math.max(...grid));
   const row = (tag, first, cells) => element("tr", {}, element("th", { textContent: first, scope: tag === "th" ? "col" : "row" }), ...cells.map((textContent) => element(tag, { textContent })));
   $("shares").tHead.replaceChildren(row("th", "Window", sides.map((side) => `${side}\u00d7${side}`)));
   $("shares").tBodies[0].replaceChildren(row("td", "Share of the energy", sides.map((side) => percent(windowShare(energy, query, grid, side)))));
   $("sharpness").value = state.sharpness;
   $("sharpness-output").textContent = sharpness < 10 ? sharpness.toFixed(2) : sharpness.toFixed(0);
-  $("distance").textContent = distanceToTaps(P, layer.gram).toPrecision(3);
+  $("distance").textContent = distanceToTaps(P, gram).toPrecision(3);
+}
+
+/** Draws the size of a layer's kernel by shift, and says in words what it is. */
+function showKernel(layer, { grid, query, whole }, energy, colors) {
+  const canvas = $("kernel");
+  const width = canvas.clientWidth;
+  const height = (width * grid[0]) / grid[1];
+  const sizes = cropped(Float32Array.from(energy, (value) => Math.sqrt(Math.max(value, 0))), whole.grid, layer.padding);
+  const drawn = { values: sizes, grid, query };
+  drawMap(canvasPen(canvas, width, height), drawn, 0, 0, width, height, colors, null, { thickness: 2 });
+  canvas.style.aspectRatio = `${grid[1]} / ${grid[0]}`;
+  $("kernel-caption").textContent = `${layer.name}: size of the kernel by shift`;
+  const content = layer.features || layer.parameters.encoding === "maps";
+  const heads = headsOf(layer.parameters);
+  const off = Array.from({ length: heads }, (_, head) => isOff(state.run, state.layer, head)).filter(Boolean).length;
+  $("theorem-text").textContent =
+    `At this query the layer is a convolution with the kernel \u03a3 A[shift] W over its ${heads - off} heads${off ? " that are on" : ""}. ` +
+    (content
+      ? "Its heads look where the image says, so the kernel is another at each pixel."
+      : "Away from the border the kernel is the same at each pixel.") +
+    (isPast(state.run) ? " This is the checkpoint's." : "");
 }
 
 /** Updates what screen readers are told: a sentence on the head, and the table. */
@@ -276,7 +312,8 @@ function showForReaders() {
   const describe = (n, head, parameters) => factsOf(headMap(state.run, n, head, { parameters }), parameters, head);
   const chosen = Object.fromEntries(describe(state.layer, state.head, currentParameters(state.run, state.layer)));
   const center = chosen.Center ? `center ${chosen.Center}` : `mean shift ${chosen["Mean shift"]}`;
-  $("sentence").textContent = `${layers[state.layer].name}, head ${state.head + 1}: ${center}; ${chosen["Within 3\u00d73"]} within 3x3.`;
+  const words = chosen.Map ? `map ${chosen.Map}` : `${center}; ${chosen["Within 3\u00d73"]} within 3x3`;
+  $("sentence").textContent = `${layers[state.layer].name}, head ${state.head + 1}: ${words}.`;
   const rows = layers.flatMap((layer, n) => {
     const parameters = currentParameters(state.run, n);
     return Array.from({ length: headsOf(parameters) }, (_, head) => [`${layer.name}, head ${head + 1}`, describe(n, head, parameters)]);

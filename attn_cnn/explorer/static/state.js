@@ -16,14 +16,17 @@ const DEFAULTS = {
   values: "probabilities", // or scores
   part: "total", // or position, content
   outlines: true,
-  epoch: -1, // of the history; -1: the checkpoint
+  epoch: -1, // a place in the history; -1: the checkpoint
   sharpness: 0, // of the theorem, in powers of 2
   off: [], // heads that are switched off, as "layer:head"
   centers: {}, // of heads that were dragged, by "layer:head"
 };
 
 const state = structuredClone(DEFAULTS);
-const live = { own: null, result: null }; // the person's picture, and what the network makes of the current one
+const live = {
+  own: null, // the person's picture: pixels, with a `shape` and a `version`
+  answers: [], // by run: what its network made of the picture, and the question that this answers
+};
 let views = [];
 let networks = [];
 
@@ -40,7 +43,7 @@ function stateText() {
 function readState(text) {
   Object.assign(state, structuredClone(DEFAULTS));
   for (const [name, value] of new URLSearchParams(text)) {
-    if (!(name in DEFAULTS)) continue;
+    if (!Object.hasOwn(DEFAULTS, name)) continue;
     try {
       state[name] = JSON.parse(value);
     } catch {
@@ -59,33 +62,45 @@ function keepInRange() {
   state.run = whole(state.run, 0, views.length - 1, 0);
   state.other = whole(state.other, -1, views.length - 1, -1);
   if (state.sides !== "difference") state.sides = "beside";
-  const { layers, images, history } = view();
+  const { layers, images } = view();
   if (state.image !== "average" && !(state.image === "own" && live.own))
     state.image = whole(state.image, 0, (imageCount(view()) || 1) - 1, 0);
   if (state.image === "average" && !images) state.image = 0;
   if (state.values !== "scores") state.values = "probabilities";
   if (!hasContent(view()) || !["position", "content"].includes(state.part)) state.part = "total";
   state.outlines = Boolean(state.outlines);
-  state.epoch = history ? whole(state.epoch, -1, historyLength(history) - 2, -1) : -1;
+  state.epoch = whole(state.epoch, -1, places(view()) - 2, -1);
   state.sharpness = within(state.sharpness, 0, 12, 0);
   state.layer = whole(state.layer, 0, Math.max(layers.length - 1, 0), 0);
   state.head = layers.length ? whole(state.head, 0, headsOf(layers[state.layer].parameters) - 1, 0) : 0;
   const [height, width] = finestGrid();
   const asked = Array.isArray(state.query) ? state.query : [];
   state.query = [whole(asked[0], 0, height - 1, height >> 1), whole(asked[1], 0, width - 1, width >> 1)];
-  const exists = (name) => {
-    const [layer, head] = String(name).split(":").map(Number);
-    return layer in layers && head >= 0 && head < headsOf(layers[layer].parameters);
-  };
-  state.off = (Array.isArray(state.off) ? state.off : []).filter(exists);
-  const moved = Object.entries(state.centers || {});
-  state.centers = Object.fromEntries(
-    moved.filter(([name, center]) => exists(name) && Array.isArray(center) && center.every(Number.isFinite)),
-  );
+  const off = Array.isArray(state.off) ? state.off : [];
+  state.off = [...new Set(off.map(String))].filter(headNamed);
+  state.centers = Object.fromEntries(Object.entries(state.centers || {}).filter(([name, center]) => canLie(name, center)));
+}
+
+/** Returns the parameters and the number of the head called "layer:head"; null if there is none. */
+function headNamed(name) {
+  const [, n, head] = /^(0|[1-9]\d*):(0|[1-9]\d*)$/.exec(name) || [];
+  const parameters = view().layers[n]?.parameters;
+  return parameters && Number(head) < headsOf(parameters) ? { parameters, head: Number(head) } : null;
+}
+
+function canLie(name, center) {
+  const found = headNamed(name);
+  const two = Array.isArray(center) && center.length === 2 && center.every(Number.isFinite);
+  return found && two && gaussianOf(found.parameters, found.head) !== null;
 }
 
 const hasContent = ({ layers }) => layers.some(({ parameters }) => parameters.content);
-const historyLength = (history) => (history.epoch || history.step).length;
+
+/** Returns whether the history ends with the checkpoint that the page shows. */
+const endsAtCheckpoint = ({ history, step }) => history.step[history.step.length - 1] === step;
+
+/** Returns how many places the history has: its epochs, and the checkpoint where it is none of them. */
+const places = (run) => (run.history ? run.history.step.length + (endsAtCheckpoint(run) ? 0 : 1) : 1);
 
 /** Returns how many images the run's maps are of. */
 function imageCount({ images, layers }) {
@@ -105,23 +120,42 @@ function queryOn({ grid }) {
   return state.query.map((at, axis) => Math.floor(((at + 0.5) * grid[axis]) / finest[axis]));
 }
 
-/** Returns the pixels of the current picture, of a run that has images; null otherwise. */
-function picture({ images } = view()) {
+/** Returns the pixels of a run's picture that is chosen; null where it has none such. */
+function picture(run = state.run, image = state.image) {
+  const { images } = views[run];
   if (!images) return null;
   const shape = images.shape.slice(1);
-  if (state.image === "own") return live.own;
+  if (image === "own") return live.own && String(live.own.shape) === String(shape) ? live.own : null;
   const size = shape[0] * shape[1] * shape[2];
-  if (state.image !== "average") return images.subarray(state.image * size, (state.image + 1) * size);
+  if (image !== "average") return image < images.shape[0] ? images.subarray(image * size, (image + 1) * size) : null;
   const mean = new Float32Array(size);
   for (let n = 0; n < images.length; n++) mean[n % size] += images[n] / images.shape[0];
   return Uint8Array.from(mean);
 }
 
+/** Returns what a run's network is asked: the picture, and which heads are not as they were trained. */
+function question(run) {
+  const touched = run === state.run ? [state.off, state.centers] : [[], {}];
+  return JSON.stringify([state.image, state.image === "own" && live.own.version, ...touched]);
+}
+
+/** Returns what a run's network made of what is asked now; null where it has not been computed. */
+const answer = (run) => (live.answers[run]?.question === question(run) ? live.answers[run] : null);
+
 /** Returns the parameters of a layer as they are to be shown: at an epoch of training, or with dragged centers. */
 function currentParameters(run, n) {
   const { layers, history } = views[run];
   const { parameters, number } = layers[n];
-  if (state.epoch >= 0 && history) return pastParameters(history, number, parameters) || parameters;
+  if (isPast(run)) return pastParameters(history, number, parameters) || parameters;
+  return movedParameters(run, n);
+}
+
+/** Returns whether a run is shown as it was at an epoch of its training. */
+const isPast = (run) => state.epoch >= 0 && Boolean(views[run].history);
+
+/** Returns the parameters of a layer of the checkpoint, with dragged centers. */
+function movedParameters(run, n) {
+  const { parameters } = views[run].layers[n];
   const moved = Object.entries(state.centers).filter(([name]) => name.startsWith(`${n}:`));
   if (run !== state.run || !moved.length) return parameters;
   const part = parameters.position || parameters;
@@ -141,14 +175,17 @@ function pastParameters(history, number, parameters) {
     values.shape = [heads, ...array.shape.slice(3)];
     return values;
   };
-  if (history.precision) return { encoding: "gaussian", centers: at(history.center), precisions: at(history.precision) };
+  if (history.precision) {
+    const gaussian = { encoding: "gaussian", centers: at(history.center), precisions: at(history.precision) };
+    return history.gate ? { ...gaussian, shares: at(history.gate) } : gaussian;
+  }
   if (!history.row_scores) return null;
   return { encoding: "learned", row_scores: at(history.row_scores), column_scores: at(history.column_scores) };
 }
 
 /** Returns mean and covariance of a head's shift at the epoch that is chosen, where the history has just these. */
 function pastOutline({ history, layers }, n, head) {
-  if (state.epoch < 0 || !history || !history.mean_shift) return null;
+  if (state.epoch < 0 || !history?.mean_shift) return null;
   const start = (state.epoch * history.mean_shift.shape[1] + layers[n].number) * history.mean_shift.shape[2] + head;
   return {
     center: Array.from(history.mean_shift.subarray(2 * start, 2 * start + 2)),
@@ -156,61 +193,66 @@ function pastOutline({ history, layers }, n, head) {
   };
 }
 
-/** Returns what a layer sees of the current picture: one entry for each image that maps are averaged over. */
+/**
+ * Returns what a layer sees of the current picture, one entry for each image that maps are averaged over; null where the
+ * page does not know: of a picture of one's own until the network has answered, or without a network.
+ */
 function inputs(run, n) {
-  const { layers, images } = views[run];
-  const { features, parameters } = layers[n];
-  if (parameters.encoding === "maps") {
-    if (state.image === "average") return Array.from({ length: imageCount(views[run]) }, (_, image) => ({ image }));
-    return [{ image: state.image === "own" ? 0 : state.image }];
-  }
-  if (!features) return [{}];
-  if (run === state.run && live.result) return [{ x: live.result.seen[n] }];
-  const size = features.length / features.shape[0];
-  const of = (image) => ({ x: features.subarray(image * size, (image + 1) * size) });
-  if (state.image === "own") return [of(0)];
-  return state.image === "average" ? Array.from({ length: images.shape[0] }, (_, image) => of(image)) : [of(state.image)];
+  const { features, parameters } = views[run].layers[n];
+  const shared = features || parameters.maps;
+  if (!shared || (!features && shared.shape[0] === 1)) return [{}];
+  const found = features && answer(run);
+  if (found) return [{ x: found.seen[n] }];
+  const size = shared.length / shared.shape[0];
+  const of = (image) => (features ? { x: features.subarray(image * size, (image + 1) * size) } : { image });
+  if (state.image === "average") return Array.from({ length: shared.shape[0] }, (_, image) => of(image));
+  return Number.isInteger(state.image) && state.image < shared.shape[0] ? [of(state.image)] : null;
 }
 
 /**
- * Returns one head's map at the query: `P`, `values` (what is to be drawn), `grid`, `query`, `outline`, `off`.
- *
- * Probabilities of padding, of which there are no pixels to draw, are left out of P.
+ * Returns one head's map at the query: `values`, what is to be drawn; `grid`; `query`; `outline`; `off`; `P`, its
+ * probabilities; and `whole`, {P, grid, query} with the padding, which is attended to as well but has no pixels to draw.
+ * Where it is not known what the layer sees, `values` and `P` are null.
  */
-function headMap(run, n, head, { parameters = currentParameters(run, n), sharpness = 1 } = {}) {
+function headMap(run, n, head, options = {}) {
+  const { parameters = currentParameters(run, n), sharpness = 1, part = state.part, kind = state.values } = options;
   const layer = views[run].layers[n];
   const { grid, padding } = layer;
   const query = queryOn(layer);
-  const padded = [grid[0] + 2 * padding, grid[1] + 2 * padding];
-  const at = [query[0] + padding, query[1] + padding];
+  const map = { grid, query, off: isOff(run, n, head), values: null, P: null };
   const seen = inputs(run, n);
-  const averaged = (of) => {
-    const values = mean(seen.map((input) => of(parameters, head, at, padded, { ...input, part: state.part, sharpness })));
-    return padding ? cropped(values, padded, padding) : values;
-  };
-  const P = averaged(probabilities);
-  const map = { P, grid, query, values: P, off: run === state.run && state.off.includes(`${n}:${head}`) };
-  if (state.values === "scores") map.values = averaged(scores);
+  if (!seen) return map;
+  const whole = { grid: grid.map((side) => side + 2 * padding), query: query.map((at) => at + padding) };
+  const averaged = (of) =>
+    averageOf(seen.map((input) => of(parameters, head, whole.query, whole.grid, { ...input, part, sharpness })));
+  whole.P = averaged(probabilities);
+  map.whole = whole;
+  map.P = cropped(whole.P, whole.grid, padding);
+  map.values = kind === "scores" ? cropped(averaged(scores), whole.grid, padding) : map.P;
   if (state.outlines) map.outline = pastOutline(views[run], n, head) || outlineOf(parameters, head, map);
   return map;
 }
 
-function mean(arrays) {
+const isOff = (run, n, head) => run === state.run && state.off.includes(`${n}:${head}`);
+
+function averageOf(arrays) {
   if (arrays.length === 1) return arrays[0];
   return arrays[0].map((_, k) => arrays.reduce((sum, array) => sum + array[k], 0) / arrays.length);
 }
 
+/** Returns values on a grid without its padding. */
 function cropped(P, [height, width], padding) {
+  if (!padding) return P;
   const result = [];
   for (let k = padding; k < height - padding; k++) result.push(...P.subarray(k * width + padding, (k + 1) * width - padding));
   return Float32Array.from(result);
 }
 
 /** Returns center and covariance to draw: of the Gaussian that the head is, or else of what it attends to. */
-function outlineOf(parameters, head, { P, query, grid }) {
+function outlineOf(parameters, head, { whole }) {
   const gaussian = state.part === "content" ? null : gaussianOf(parameters, head);
   if (gaussian) return { center: gaussian.center, covariance: inverse(gaussian.precision) };
-  const { mean, covariance } = measures(P, query, grid);
+  const { mean, covariance } = measures(whole);
   return { center: mean, covariance };
 }
 
@@ -222,22 +264,26 @@ function allMaps(run) {
   });
 }
 
-/** Returns the maps of the first run minus those of the second, where both have the head on the same grid. */
+/** Returns the maps of the first run minus those of the second; null where that has no such head on the same grid. */
 function differences(first, second) {
-  return first.map((heads, n) =>
-    heads.map((map, head) => {
-      const other = second[n]?.[head];
-      if (!other || String(other.grid) !== String(map.grid)) return null;
-      const values = map.values.map((value, k) => value - other.values[k]);
-      return { values, grid: map.grid, query: map.query, signed: true };
-    }),
-  );
+  const layerOf = (name) => second[views[state.other].layers.findIndex((layer) => layer.name === name)];
+  return first.map((heads, n) => {
+    const others = layerOf(views[state.run].layers[n].name);
+    return heads.map((map, head) => difference(map, others?.[head]));
+  });
+}
+
+function difference(map, other) {
+  if (!other?.values || !map.values || String(other.grid) !== String(map.grid)) return null;
+  const values = map.values.map((value, k) => value - other.values[k]);
+  return { values, grid: map.grid, query: map.query, signed: true };
 }
 
 /** Returns the probabilities of the classes as they are now: the network's, or those that came with the page. */
 function prediction() {
   const { probabilities: shipped, classes } = view();
-  if (live.result) return softmax(live.result.logits);
+  const found = answer(state.run);
+  if (found) return softmax(found.logits);
   if (!shipped || !Number.isInteger(state.image)) return null;
   return shipped.subarray(state.image * classes.length, (state.image + 1) * classes.length);
 }
