@@ -52,3 +52,11 @@ def test_a_file_that_is_missing_or_no_picture_is_named(tmp_path):
     (tmp_path / "text.png").write_text("hello")
     with pytest.raises(UserError, match="text.png is no picture"):
         pictures.read(predict.find_pictures([str(tmp_path / "text.png")])[0], (8, 8, 1))
+
+
+@pytest.mark.parametrize("mode, pixel", [("RGBA", (200, 100, 50)), ("LA", (200,))])
+def test_what_is_transparent_is_black(tmp_path, mode, pixel):
+    picture = np.array([[(*pixel, 0), (*pixel, 255)]], np.uint8)
+    PIL.Image.fromarray(picture, mode).save(tmp_path / "half.png")
+    seen = pictures.read(predict.find_pictures([str(tmp_path / "half.png")])[0], (1, 2, len(pixel)))
+    assert seen[0, 0].tolist() == [0] * len(pixel) and seen[0, 1].tolist() == list(pixel)

@@ -12,6 +12,8 @@ from attn_cnn.errors import UserError, first_line
 def decode(path: epath.Path, size: tuple[int, int] | None = None) -> PIL.Image.Image:
     """Returns a picture, upright, in grey (mode L) or in colour (mode RGB), resized to `size`, (height, width).
 
+    What is transparent is black.
+
     Raises:
       UserError: the file is missing, no picture, or has more than 8 bits a channel.
     """
@@ -20,7 +22,12 @@ def decode(path: epath.Path, size: tuple[int, int] | None = None) -> PIL.Image.I
             if picture.mode[0] in "IF":
                 raise ValueError("it has more than 8 bits a channel")
             picture = PIL.ImageOps.exif_transpose(picture)  # phones store the camera's turn beside the pixels
-            picture = picture.convert("L" if picture.mode in ("1", "L", "LA", "La") else "RGB")
+            kind = "L" if picture.mode in ("1", "L", "LA", "La") else "RGB"
+            if picture.has_transparency_data:
+                picture = PIL.Image.alpha_composite(
+                    PIL.Image.new("RGBA", picture.size, "black"), picture.convert("RGBA")
+                )
+            picture = picture.convert(kind)
             return picture.resize(size[::-1], PIL.Image.BICUBIC) if size else picture
     except Exception as error:  # of the disk, or Pillow's, which has types for each kind of picture
         raise UserError(f"{path} is no picture that can be read: {first_line(error)}") from None
