@@ -24,9 +24,8 @@ def decode(path: epath.Path, size: tuple[int, int] | None = None) -> PIL.Image.I
             picture = PIL.ImageOps.exif_transpose(picture)  # phones store the camera's turn beside the pixels
             kind = "L" if picture.mode in ("1", "L", "LA", "La") else "RGB"
             if picture.has_transparency_data:
-                picture = PIL.Image.alpha_composite(
-                    PIL.Image.new("RGBA", picture.size, "black"), picture.convert("RGBA")
-                )
+                black = PIL.Image.new("RGBA", picture.size, "black")
+                picture = PIL.Image.alpha_composite(black, picture.convert("RGBA"))
             picture = picture.convert(kind)
             return picture.resize(size[::-1], PIL.Image.BICUBIC) if size else picture
     except Exception as error:  # of the disk, or Pillow's, which has types for each kind of picture
