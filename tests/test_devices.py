@@ -32,12 +32,12 @@ runpy.run_path("main.py", run_name="__main__")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["configs/quadratic.py:digits", "configs/resnet18.py:digits"])
-def test_shard_map_gives_the_bits_of_pmap_on_4_devices(tmp_path, config):
-    resnet = ("--config.model.width=2", "--config.optimizer.decay_epochs=()") if "resnet" in config else ()
-    sizes = (*resnet, "--config.epochs=2", "--config.batch_size=90")
-    program.run(*sizes, f"--workdir={tmp_path}/pmap", config=config, tiny=not resnet, devices=4)
-    python, *command = program.command(*sizes, f"--workdir={tmp_path}/shard_map", config=config, tiny=not resnet)
+def test_shard_map_gives_the_bits_of_pmap_on_4_devices(tmp_path):
+    config = "configs/resnet18.py:digits"  # whose batch statistics cross devices, too
+    sizes = ("--config.model.width=2", "--config.optimizer.decay_epochs=()", "--config.epochs=1")
+    sizes = (*sizes, "--config.batch_size=90")  # shares of 23, the last of 21
+    program.run(*sizes, f"--workdir={tmp_path}/pmap", config=config, tiny=False, devices=4)
+    python, *command = program.command(*sizes, f"--workdir={tmp_path}/shard_map", config=config, tiny=False)
     subprocess.run([python, "-c", SHARDED, *command], cwd=program.ROOT, env=program.environment(4), check=True)
     for tag in ("train/loss", "test/loss", "test/accuracy"):
         pmap, shard_map = (program.scalars(tmp_path / name, tag) for name in ("pmap", "shard_map"))

@@ -27,6 +27,7 @@ def with_images(layers, images, history=None, shape=(32, 32, 3)):
     return {
         "name": "run",
         "about": "",
+        "step": 99,
         "classes": [str(n) for n in range(10)],
         "mean": [0.5] * shape[-1],
         "std": [0.25] * shape[-1],
@@ -44,7 +45,12 @@ def layer(number, parameters, **more):
 
 
 def paper_position_only():
-    history = {"epoch": np.arange(100), "center": numbers(100, 6, 9, 2), "precision": numbers(100, 6, 9, 2, 2)}
+    history = {
+        "epoch": np.arange(100),
+        "step": np.arange(100),
+        "center": numbers(100, 6, 9, 2),
+        "precision": numbers(100, 6, 9, 2, 2),
+    }
     heads = {"encoding": "quadratic", "centers": 2 * numbers(9, 2), "spreads": 1 + 0.1 * numbers(9)}
     return page.build([with_images([layer(n, heads) for n in range(6)], 20, history)], [None])
 
@@ -76,7 +82,12 @@ def of_config(config):
     run = Run(model, params, {}, config, mean, std, 0, Spec(shape, mean, std, 1, tuple("0123456789")))
     steps = network.steps(run)
     layers = view.layers(run, jax.numpy.asarray(images), steps, half=False)
-    history = {"epoch": np.arange(60), "center": numbers(60, 3, 9, 2), "precision": numbers(60, 3, 9, 2, 2)}
+    history = {
+        "epoch": np.arange(60),
+        "step": np.arange(60),
+        "center": numbers(60, 3, 9, 2),
+        "precision": numbers(60, 3, 9, 2, 2),
+    }
     return page.build([with_images(layers, 20, history, shape)], [steps])
 
 
