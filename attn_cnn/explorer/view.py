@@ -37,6 +37,7 @@ from attn_cnn.attention import LayerHeads, heads_of_layers
 from attn_cnn.encodings import Encoding, Quadratic
 from attn_cnn.explorer.network import Step
 from attn_cnn.heads import history as history_lib
+from attn_cnn.heads.measure import stacked
 from attn_cnn.maps import Maps
 from attn_cnn.training import augment, data
 from attn_cnn.training.runs import Run, load_run
@@ -192,12 +193,11 @@ def trail(workdir: epath.Path) -> dict[str, np.ndarray] | None:
     found = [_gaussians(load_run(workdir, step)) for step in steps]
     if len(steps) < 2 or None in found:
         return None
-    centers, precisions = zip(*found, strict=True)
-    return {"step": np.array(steps), "center": np.stack(centers), "precision": np.stack(precisions)}
+    return {"step": np.array(steps)} | {name: np.stack([each[name] for each in found]) for name in found[0]}
 
 
-def _gaussians(run: Run) -> tuple[np.ndarray, np.ndarray] | None:
-    """Returns the centers and precisions of a run's heads, layer by layer; NaN where a layer has fewer heads."""
+def _gaussians(run: Run) -> dict[str, np.ndarray] | None:
+    """Returns `center` and `precision` of a run's heads, as `stacked` has them, where all are Gaussians."""
     model = run.config.model
     if model.name == "resnet18":
         return None
@@ -205,9 +205,7 @@ def _gaussians(run: Run) -> tuple[np.ndarray, np.ndarray] | None:
     gaussians = {number: layer.encoding.gaussians() for number, layer in heads.items()}
     if not gaussians or None in gaussians.values():
         return None
-    most = max(len(g.centers) for g in gaussians.values())
-    centers = np.full((model.layers, most, 2), np.nan, np.float32)
-    precisions = np.full((model.layers, most, 2, 2), np.nan, np.float32)
-    for number, (center, precision) in gaussians.items():
-        centers[number, : len(center)], precisions[number, : len(center)] = center, precision
-    return centers, precisions
+    return stacked(
+        {number: {"center": center, "precision": precision} for number, (center, precision) in gaussians.items()},
+        model.layers,
+    )

@@ -38,10 +38,7 @@ async function inSlices(generator, wanted) {
   let start = performance.now();
   for (;;) {
     const { done, value } = generator.next();
-    if (done) {
-      $("progress").hidden = true;
-      return value;
-    }
+    if (done) return value;
     if (performance.now() - start < SLICE) continue;
     $("progress").hidden = false;
     $("progress").value = value;

@@ -31,10 +31,10 @@ const FIGURE_WIDTH = 960;
 /** Returns what the page shows of all heads, ready to be drawn: parts with a title, maps and tiles, and the height. */
 function figure() {
   let top = 0;
-  const parts = shownMaps(allMaps(state.run)).map(({ title, maps }, n) => {
-    const tiles = tilesOf(maps, FIGURE_WIDTH - 22, top + 56);
+  const parts = shownMaps(allMaps(state.run)).map((shown) => {
+    const tiles = tilesOf(shown.maps, FIGURE_WIDTH - 22, top + 56);
     top = tiles.height + 12;
-    return { title, maps, tiles, run: n ? state.other : state.run };
+    return { ...shown, tiles };
   });
   return { parts, height: top };
 }

@@ -43,8 +43,9 @@ function show() {
   showPrediction();
   if (view().layers.length) {
     const maps = allMaps(state.run);
-    showMaps(maps, colors);
-    showHead(maps[state.layer][state.head], colors);
+    const shown = shownMaps(maps);
+    showMaps(shown, colors);
+    showHead(maps[state.layer][state.head], shown[0].maps[state.layer][state.head], colors);
     showTheorem(colors);
   }
   soon("address", 250, () => history.replaceState(null, "", `#${stateText()}`));
@@ -131,14 +132,13 @@ function showPrediction() {
   $("prediction-note").textContent = notes.join(" ");
 }
 
-/** Returns what the figure shows of the maps of the run, and of those beside it: sets of maps, with a title each. */
+/** Returns what is shown of the maps of the run, and of those beside it: sets of maps, with a title and a run each. */
 function shownMaps(maps) {
-  const name = view().name;
-  if (!compared()) return [{ title: name, maps }];
-  const other = allMaps(state.other);
-  const otherName = views[state.other].name;
-  if (state.sides === "difference") return [{ title: `${name} minus ${otherName}`, maps: differences(maps, other) }];
-  return [{ title: name, maps }, { title: otherName, maps: other }];
+  const first = { title: view().name, maps, run: state.run };
+  if (!compared()) return [first];
+  const second = { title: views[state.other].name, maps: allMaps(state.other), run: state.other };
+  if (state.sides !== "difference") return [first, second];
+  return [{ ...first, title: `${first.title} minus ${second.title}`, maps: differences(maps, second.maps) }];
 }
 
 /** Returns what the row of a layer is called: its place among all layers, where it has one. */
@@ -149,18 +149,17 @@ function tilesOf(maps, width, top) {
   return tiling(maps.length, Math.max(...maps.map((heads) => heads.length)), width, height / across, top);
 }
 
-function showMaps(maps, colors) {
-  const shown = shownMaps(maps);
+function showMaps(shown, colors) {
   $("other-figure").hidden = shown.length < 2;
   ["maps", "other-maps"].slice(0, shown.length).forEach((id, n) => {
     const canvas = $(id);
-    const tiles = tilesOf(shown[n].maps, canvas.clientWidth);
+    const { maps, run } = shown[n];
+    const tiles = tilesOf(maps, canvas.clientWidth);
     canvas.style.height = `${tiles.height}px`;
-    const run = n ? state.other : state.run;
     const chosen = n ? null : [state.layer, state.head];
     const pen = canvasPen(canvas, canvas.clientWidth, tiles.height);
-    drawMaps(pen, shown[n].maps, tiles, colors, ground(run, colors), views[run].layers.map(rowName), chosen);
-    Object.assign(canvas, { tiles, maps: shown[n].maps, run });
+    drawMaps(pen, maps, tiles, colors, ground(run, colors), views[run].layers.map(rowName), chosen);
+    Object.assign(canvas, { tiles, maps, run });
     canvas.setAttribute("aria-label", `Attention of all heads of ${shown[n].title}, a row for each layer; the table below has the numbers`);
     $(n ? "other-caption" : "maps-caption").textContent = captionOf(shown[n]);
   });
@@ -193,15 +192,15 @@ function showTraining() {
   else if (hasContent(view())) $("training-note").textContent = "Maps of the positional part alone at this epoch.";
 }
 
-function showHead(map, colors) {
+/** Shows a head: its map, or the difference to another run's, and the facts about it. */
+function showHead(map, shown, colors) {
   const { layers } = view();
   const parameters = currentParameters(state.run, state.layer);
   const canvas = $("large");
   const width = canvas.clientWidth;
   const height = (width * map.grid[0]) / map.grid[1];
   canvas.style.aspectRatio = `${map.grid[1]} / ${map.grid[0]}`;
-  const different = compared() && state.sides === "difference";
-  const drawn = different ? difference(map, otherHead()) || { ...map, values: null, P: null, outline: null } : map;
+  const drawn = shown || { ...map, values: null, P: null, outline: null }; // null: the other run has no such head
   const backdrop = ground(state.run, colors);
   drawMap(canvasPen(canvas, width, height), drawn, 0, 0, width, height, colors, backdrop, { contours: state.outlines, thickness: 1.5 });
   canvas.map = drawn;
@@ -213,13 +212,6 @@ function showHead(map, colors) {
   const keys = canMove() ? " Drag the cross, or press Shift and an arrow key, to move the head's center." : "";
   $("large-help").textContent = `Point at a pixel, or press the arrow keys, to read it.${keys}`;
   showFacts(map, parameters);
-}
-
-/** Returns the map of the chosen head in the other run; null where that has no such head. */
-function otherHead() {
-  const { layers } = views[state.other];
-  const n = layers.findIndex(({ name }) => name === view().layers[state.layer].name);
-  return n >= 0 && state.head < headsOf(layers[n].parameters) ? headMap(state.other, n, state.head) : null;
 }
 
 /** Returns whether the head is a Gaussian whose center can be moved now. */
@@ -267,14 +259,14 @@ function showTheorem(colors) {
   const on = Array.from({ length: headsOf(layer.parameters) }, (_, head) => head).filter((head) => !isOff(state.run, state.layer, head));
   const sharpness = 2 ** state.sharpness;
   const parameters = movedParameters(state.run, state.layer);
-  const maps = layer.gram ? on.map((head) => headMap(state.run, state.layer, head, { parameters, sharpness, part: "total" })) : [];
-  $("theorem-section").hidden = !maps.length || maps.some((map) => !map.P);
+  const options = { sharpness, part: "total" };
+  const P = layer.gram ? on.map((head) => averaged(probabilities, state.run, state.layer, head, parameters, options)) : [];
+  $("theorem-section").hidden = !P.length || P.includes(null);
   if ($("theorem-section").hidden) return;
-  const P = maps.map((map) => map.whole.P);
   const gram = on.flatMap((head) => on.map((other) => layer.gram[head * layer.gram.shape[1] + other]));
   const energy = energies(P, gram);
-  showKernel(layer, maps[0], energy, colors);
-  const { query, grid } = maps[0].whole;
+  showKernel(layer, energy, on.length, colors);
+  const { query, grid } = padded(layer);
   const sides = [1, 3, 5, 7].filter((side) => side <= 2 * Math.max(...grid));
   const row = (tag, first, cells) => element("tr", {}, element("th", { textContent: first, scope: tag === "th" ? "col" : "row" }), ...cells.map((textContent) => element(tag, { textContent })));
   $("shares").tHead.replaceChildren(row("th", "Window", sides.map((side) => `${side}\u00d7${side}`)));
@@ -284,21 +276,21 @@ function showTheorem(colors) {
   $("distance").textContent = distanceToTaps(P, gram).toPrecision(3);
 }
 
-/** Draws the size of a layer's kernel by shift, and says in words what it is. */
-function showKernel(layer, { grid, query, whole }, energy, colors) {
+/** Draws the size of a layer's kernel by shift, over its `heads` that are on, and says in words what it is. */
+function showKernel(layer, energy, heads, colors) {
+  const { grid } = layer;
   const canvas = $("kernel");
   const width = canvas.clientWidth;
   const height = (width * grid[0]) / grid[1];
-  const sizes = cropped(Float32Array.from(energy, (value) => Math.sqrt(Math.max(value, 0))), whole.grid, layer.padding);
-  const drawn = { values: sizes, grid, query };
+  const sizes = Float32Array.from(energy, (value) => Math.sqrt(Math.max(value, 0)));
+  const drawn = { values: cropped(sizes, padded(layer).grid, layer.padding), grid, query: queryOn(layer) };
   drawMap(canvasPen(canvas, width, height), drawn, 0, 0, width, height, colors, null, { thickness: 2 });
   canvas.style.aspectRatio = `${grid[1]} / ${grid[0]}`;
   $("kernel-caption").textContent = `${layer.name}: size of the kernel by shift`;
   const content = layer.features || layer.parameters.encoding === "maps";
-  const heads = headsOf(layer.parameters);
-  const off = Array.from({ length: heads }, (_, head) => isOff(state.run, state.layer, head)).filter(Boolean).length;
+  const which = heads < headsOf(layer.parameters) ? " that are on" : "";
   $("theorem-text").textContent =
-    `At this query the layer is a convolution with the kernel \u03a3 A[shift] W over its ${heads - off} heads${off ? " that are on" : ""}. ` +
+    `At this query the layer is a convolution with the kernel \u03a3 A[shift] W over its ${heads} heads${which}. ` +
     (content
       ? "Its heads look where the image says, so the kernel is another at each pixel."
       : "Away from the border the kernel is the same at each pixel.") +

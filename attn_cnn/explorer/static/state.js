@@ -165,16 +165,18 @@ function movedParameters(run, n) {
   return parameters.position ? { ...parameters, position: { ...part, centers } } : { ...part, centers };
 }
 
+/** Returns a layer's numbers, of its first `heads`, at the epoch that is chosen, or at the last where a run had fewer. */
+function atEpoch(array, number, heads) {
+  const size = array.shape.slice(2).reduce((a, b) => a * b, 1);
+  const start = (Math.min(state.epoch, array.shape[0] - 1) * array.shape[1] + number) * size;
+  const values = array.subarray(start, start + (size / array.shape[2]) * heads);
+  values.shape = [heads, ...array.shape.slice(3)];
+  return values;
+}
+
 /** Returns what position alone scored at the epoch that is chosen; null where the history has no such scores. */
 function pastParameters(history, number, parameters) {
-  const heads = headsOf(parameters);
-  const at = (array) => {
-    const size = array.shape.slice(2).reduce((a, b) => a * b, 1);
-    const start = (Math.min(state.epoch, array.shape[0] - 1) * array.shape[1] + number) * size;
-    const values = array.subarray(start, start + (size / array.shape[2]) * heads);
-    values.shape = [heads, ...array.shape.slice(3)];
-    return values;
-  };
+  const at = (array) => atEpoch(array, number, headsOf(parameters));
   if (history.precision) {
     const gaussian = { encoding: "gaussian", centers: at(history.center), precisions: at(history.precision) };
     return history.gate ? { ...gaussian, shares: at(history.gate) } : gaussian;
@@ -184,13 +186,11 @@ function pastParameters(history, number, parameters) {
 }
 
 /** Returns mean and covariance of a head's shift at the epoch that is chosen, where the history has just these. */
-function pastOutline({ history, layers }, n, head) {
-  if (state.epoch < 0 || !history?.mean_shift) return null;
-  const start = (state.epoch * history.mean_shift.shape[1] + layers[n].number) * history.mean_shift.shape[2] + head;
-  return {
-    center: Array.from(history.mean_shift.subarray(2 * start, 2 * start + 2)),
-    covariance: Array.from(history.covariance.subarray(4 * start, 4 * start + 4)),
-  };
+function pastOutline(run, n, head) {
+  const { history, layers } = views[run];
+  if (!isPast(run) || !history.mean_shift) return null;
+  const at = (array, size) => Array.from(atEpoch(array, layers[n].number, head + 1).subarray(head * size));
+  return { center: at(history.mean_shift, 2), covariance: at(history.covariance, 4) };
 }
 
 /**
@@ -209,27 +209,35 @@ function inputs(run, n) {
   return Number.isInteger(state.image) && state.image < shared.shape[0] ? [of(state.image)] : null;
 }
 
+/** Returns the query and the grid of a layer with its padding, which is attended to as well but has no pixels to draw. */
+function padded(layer) {
+  const { grid, padding } = layer;
+  return { grid: grid.map((side) => side + 2 * padding), query: queryOn(layer).map((at) => at + padding) };
+}
+
+/** Returns what `of`, `scores` or `probabilities`, gives for a head at the query; null where `inputs` are not known. */
+function averaged(of, run, n, head, parameters, options) {
+  const { query, grid } = padded(views[run].layers[n]);
+  const seen = inputs(run, n);
+  return seen && averageOf(seen.map((input) => of(parameters, head, query, grid, { ...input, ...options })));
+}
+
 /**
  * Returns one head's map at the query: `values`, what is to be drawn; `grid`; `query`; `outline`; `off`; `P`, its
- * probabilities; and `whole`, {P, grid, query} with the padding, which is attended to as well but has no pixels to draw.
- * Where it is not known what the layer sees, `values` and `P` are null.
+ * probabilities; and `whole`, {P, grid, query} with the padding. Where it is not known what the layer sees, `values` and
+ * `P` are null.
  */
-function headMap(run, n, head, options = {}) {
-  const { parameters = currentParameters(run, n), sharpness = 1, part = state.part, kind = state.values } = options;
+function headMap(run, n, head, { parameters = currentParameters(run, n), kind = state.values } = {}) {
   const layer = views[run].layers[n];
-  const { grid, padding } = layer;
-  const query = queryOn(layer);
-  const map = { grid, query, off: isOff(run, n, head), values: null, P: null };
-  const seen = inputs(run, n);
-  if (!seen) return map;
-  const whole = { grid: grid.map((side) => side + 2 * padding), query: query.map((at) => at + padding) };
-  const averaged = (of) =>
-    averageOf(seen.map((input) => of(parameters, head, whole.query, whole.grid, { ...input, part, sharpness })));
-  whole.P = averaged(probabilities);
-  map.whole = whole;
-  map.P = cropped(whole.P, whole.grid, padding);
-  map.values = kind === "scores" ? cropped(averaged(scores), whole.grid, padding) : map.P;
-  if (state.outlines) map.outline = pastOutline(views[run], n, head) || outlineOf(parameters, head, map);
+  const map = { grid: layer.grid, query: queryOn(layer), off: isOff(run, n, head), values: null, P: null };
+  const options = { part: state.part };
+  const P = averaged(probabilities, run, n, head, parameters, options);
+  if (!P) return map;
+  map.whole = { P, ...padded(layer) };
+  const crop = (values) => cropped(values, map.whole.grid, layer.padding);
+  map.P = crop(P);
+  map.values = kind === "scores" ? crop(averaged(scores, run, n, head, parameters, options)) : map.P;
+  if (state.outlines) map.outline = pastOutline(run, n, head) || outlineOf(parameters, head, map);
   return map;
 }
 
