@@ -56,6 +56,12 @@ def run(
     )
 
 
+def run_module(module, *arguments, **kwargs):
+    """Runs python -m `module` to the end, which may be a failure; stdout and stderr are text."""
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, **kwargs)
+
+
 def start(*arguments, devices=1, config="configs/quadratic.py:digits", tiny=True, **kwargs):
     """Starts and returns the process; stderr is to be read."""
     return subprocess.Popen(

@@ -106,12 +106,6 @@ def test_pages_are_small(make, megabytes):
     assert len(make()) <= megabytes * MEGABYTE
 
 
-@pytest.fixture(scope="module")
-def chromium():
-    with browser.chromium() as opened:
-        yield opened
-
-
 def median_of_50(opened, call):
     """The median of the durations that the browser's performance timeline measured, in milliseconds."""
     durations = opened.evaluate(

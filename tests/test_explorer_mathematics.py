@@ -65,12 +65,6 @@ MODELS = [pytest.param(functools.partial(golden_run, encoding), id=encoding) for
 ]
 
 
-@pytest.fixture(scope="module")
-def chromium():
-    with browser.chromium() as opened:
-        yield opened
-
-
 @pytest.fixture
 def open_run(chromium, tmp_path):
     """Opens the page of a run and normalised images, with the whole network in it."""

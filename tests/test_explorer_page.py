@@ -1,10 +1,9 @@
 """A person can choose, compare, touch and save everything on the page, by mouse, by touch, and by keyboard alone."""
 
 import csv
+import functools
 import http.client
 import io
-import subprocess
-import sys
 import threading
 import time
 
@@ -64,12 +63,6 @@ def addresses(tmp_path_factory, quadratic_run, gated_run):
     one = command.page_of_runs([quadratic_run], SHOWN, False, "newest")
     two = command.page_of_runs([quadratic_run, gated_run], SHOWN, False, "newest")
     return {"one": browser.written(folder / "one", one), "two": browser.written(folder / "two", two)}
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    with browser.chromium() as opened:
-        yield opened
 
 
 @pytest.fixture
@@ -648,14 +641,7 @@ def test_the_page_is_served_on_this_machine(chromium, quadratic_run):
 # The command
 
 
-def run_command(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "attn_cnn.explorer", *map(str, arguments)],
-        cwd=program.ROOT,
-        env=program.environment(),
-        capture_output=True,
-        text=True,
-    )
+run_command = functools.partial(program.run_module, "attn_cnn.explorer")
 
 
 def test_the_command_writes_a_page_and_says_how_large_it_is(quadratic_run, tmp_path):

@@ -1,8 +1,7 @@
 """A trained ResNet becomes attention layers that compute the same, a workdir like any other, and trains on."""
 
+import functools
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -173,14 +172,7 @@ def test_moves_are_of_a_resnet_of_attention():
 # The command
 
 
-def command(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "attn_cnn.convolution", *map(str, arguments)],
-        cwd=program.ROOT,
-        env=program.environment(),
-        capture_output=True,
-        text=True,
-    )
+command = functools.partial(program.run_module, "attn_cnn.convolution")
 
 
 @pytest.mark.slow

@@ -1,8 +1,7 @@
 """Figures of runs and of anyone's maps show what the model computes, and the command says what it lacks."""
 
+import functools
 import io
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -30,12 +29,7 @@ from attn_cnn.training.experiment import create_experiment, random_state
 from attn_cnn.training.runs import load_run
 from configs import gated, learned, learned_content, quadratic
 
-
-def run(*arguments, **kwargs):
-    command = [sys.executable, "-m", "attn_cnn.figures", *arguments]
-    return subprocess.run(
-        command, cwd=program.ROOT, env=program.environment(), capture_output=True, text=True, **kwargs
-    )
+run = functools.partial(program.run_module, "attn_cnn.figures")
 
 
 def new_run(workdir, experiment=quadratic, **changes):

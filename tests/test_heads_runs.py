@@ -1,9 +1,8 @@
 """A run prunes, resets or freezes the heads of another one at its start, and a head is removed by hand."""
 
+import functools
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -190,15 +189,7 @@ def test_reset_heads_are_drawn_anew_and_train_while_the_others_stay(other, tmp_p
 # By hand
 
 
-def command(*arguments, check=True):
-    return subprocess.run(
-        [sys.executable, "-m", "attn_cnn.heads", *arguments],
-        cwd=program.ROOT,
-        env=program.environment(),
-        capture_output=True,
-        text=True,
-        check=check,
-    )
+command = functools.partial(program.run_module, "attn_cnn.heads", check=True)
 
 
 @pytest.mark.slow

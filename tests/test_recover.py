@@ -1,9 +1,8 @@
 """How much of a convolution a run's attention is: nothing but one where it is one, and told apart where it is not."""
 
+import functools
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -178,14 +177,7 @@ def test_the_figure_shows_each_head(tmp_path):
     assert (tmp_path / "report" / "recover.png").read_bytes().startswith(b"\x89PNG")
 
 
-def command(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "attn_cnn.convolution", "recover", *map(str, arguments)],
-        cwd=program.ROOT,
-        env=program.environment(),
-        capture_output=True,
-        text=True,
-    )
+command = functools.partial(program.run_module, "attn_cnn.convolution", "recover")
 
 
 @pytest.mark.slow
