@@ -2,7 +2,7 @@
 
     pip install "libtpu==0.0.42.*"       # the TPU's compiler
     pip install "jax[cuda13]"            # the GPU's, 6 GB with all that comes along
-    python -m benchmarks.accelerators    # all of it: about an hour on 2 cores
+    python -m benchmarks.accelerators    # all of it
     python -m benchmarks.accelerators --target=v5e-8 --experiments=quadratic --dtypes=bfloat16
 
 The steps are the product's own, ahead of time, for the paper's model: nothing runs, so there are no times but the
@@ -34,10 +34,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from attn_cnn import cli
 from attn_cnn.errors import UserError, first_line
 from attn_cnn.mixing import Device
-from attn_cnn.model import create_model
 from attn_cnn.training import devices, steps
-from attn_cnn.training.dataset import Spec
-from attn_cnn.training.experiment import Experiment, abstract_state, create_experiment
+from attn_cnn.training.experiment import Experiment, abstract_state
+from benchmarks import common
 
 GIB = 2**30
 IMAGES = 50_000
@@ -106,18 +105,7 @@ def mesh_of(target: Target) -> Mesh:
 
 def experiment_for(target: Target, config: Any) -> Experiment:
     """Returns the experiment of a config, on `IMAGES` images, with its work in blocks for the target's devices."""
-    channels = config.model.image_shape[-1]
-    names = tuple(map(str, range(config.model.classes)))
-    experiment = create_experiment(
-        config, Spec(config.model.image_shape, (0.5,) * channels, (0.2,) * channels, IMAGES, names)
-    )
-    model = create_model(config.model, config.dtype, devices.AXIS, Device(target.kind, target.memory))
-    return experiment._replace(model=model)
-
-
-def parameter_bytes(experiment: Experiment) -> int:
-    """Returns the bytes of all parameters, and so of their gradients."""
-    return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(abstract_state(experiment).params))
+    return common.for_device(common.on_random_images(config, IMAGES), Device(target.kind, target.memory))
 
 
 def compile_training(experiment: Experiment, mesh: Mesh) -> Program:

@@ -23,7 +23,7 @@ from etils import epath
 from jaxtyping import Int, UInt8
 
 from attn_cnn.heads.history import History
-from attn_cnn.mixing import UNBOUNDED
+from attn_cnn.mixing import UNBOUNDED, Device
 from attn_cnn.model import create_model
 from attn_cnn.train import load_data
 from attn_cnn.training import devices
@@ -79,16 +79,22 @@ def paper_experiment(module: ModuleType, grid: int, batch: int, **model: Any) ->
     return on_random_images(config)
 
 
-def on_random_images(config: ml_collections.ConfigDict) -> Experiment:
-    """Returns the experiment of a config, on random images."""
-    names = tuple(map(str, range(config.model.classes)))
-    return create_experiment(config, Spec(config.model.image_shape, (0.5,) * 3, (0.2,) * 3, EXAMPLES, names))
+def on_random_images(config: ml_collections.ConfigDict, examples: int = EXAMPLES) -> Experiment:
+    """Returns the experiment of a config, on so many random images."""
+    names, channels = tuple(map(str, range(config.model.classes))), config.model.image_shape[-1]
+    spec = Spec(config.model.image_shape, (0.5,) * channels, (0.2,) * channels, examples, names)
+    return create_experiment(config, spec)
+
+
+def for_device(experiment: Experiment, device: Device) -> Experiment:
+    """Returns the experiment with its work in blocks for `device`, be it here or not."""
+    config = experiment.config
+    return experiment._replace(model=create_model(config.model, config.dtype, devices.AXIS, device))
 
 
 def in_one_block(experiment: Experiment) -> Experiment:
     """Returns the experiment with all images and heads mixed at once, since of a loop the compiler counts one round."""
-    config = experiment.config
-    return experiment._replace(model=create_model(config.model, config.dtype, devices.AXIS, UNBOUNDED))
+    return for_device(experiment, UNBOUNDED)
 
 
 def random_images(experiment: Experiment) -> tuple[UInt8[np.ndarray, "examples H W 3"], Int[np.ndarray, "examples"]]:

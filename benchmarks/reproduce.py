@@ -1,6 +1,6 @@
 """Trains the experiments at a scale, or sweeps a field of one, and writes the results as a table.
 
-    python -m benchmarks.reproduce --scale=small --out=docs/results.md        # on a laptop: most of a day for each seed
+    python -m benchmarks.reproduce --scale=small --out=docs/results.md        # on a laptop
     python -m benchmarks.reproduce --scale=paper --out=docs/results_paper.md  # the paper's Table 1, on a GPU or TPU
     python -m benchmarks.reproduce --scale=digits --experiments=quadratic --seeds=0,1 --sweep=optimizer.momentum=0.8,0.9
 
@@ -41,7 +41,6 @@ EXPERIMENTS = (
     "learned_content_position",
     "many_heads",
 )
-NAME_OF_PAPER_SCALE = "paper"
 BEGIN, END = "<!-- results -->", "<!-- /results -->"  # what lies between is written anew
 COMMA = re.compile(r",(?![^(]*\))")  # none in a tuple
 
@@ -71,7 +70,7 @@ class Variant(NamedTuple):
 
     def command(self, folder: epath.Path, seed: int) -> list[str]:
         """Returns the command that trains the run with this seed."""
-        scale = "" if self.scale == NAME_OF_PAPER_SCALE else f":{self.scale}"
+        scale = "" if self.scale == "paper" else f":{self.scale}"
         arguments = [f"--config=configs/{self.experiment}.py{scale}", f"--workdir={self.workdir(folder, seed)}"]
         if self.experiment == "quadratic_pruned":
             start = Variant("quadratic_generalized", self.scale).workdir(folder, seed)
@@ -109,6 +108,12 @@ def result(workdir: epath.Path) -> Result | None:
     return Result(round(epochs[-1]), config.epochs, float(accuracies[-1]), minutes)
 
 
+def results_of(variant: Variant, folder: epath.Path, seeds: Sequence[int]) -> dict[epath.Path, Result]:
+    """Returns the results of a variant's runs that have some, by workdir."""
+    workdirs = [variant.workdir(folder, seed) for seed in seeds]
+    return {workdir: found for workdir in workdirs if (found := result(workdir))}
+
+
 def training_seconds(workdir: epath.Path, batch_size: int) -> float:
     """Returns the seconds that a run's steps took, on as many devices as are here."""
     scalars = metrics.read(workdir / "metrics")
@@ -131,9 +136,9 @@ def train(variant: Variant, folder: epath.Path, seed: int) -> str:
     return f"{workdir.name}: {(log.read_text().splitlines() or ['no output'])[-1]}" if failed else ""
 
 
-def table(variants: Sequence[Variant], folder: epath.Path, seeds: Sequence[int]) -> str:
-    """Returns the results, a row for each variant, in Markdown."""
-    rows = [_row(variant, [variant.workdir(folder, seed) for seed in seeds]) for variant in variants]
+def table(results: dict[Variant, dict[epath.Path, Result]]) -> str:
+    """Returns the results, by variant and workdir, as a row for each variant, in Markdown."""
+    rows = [_row(variant, of_workdirs) for variant, of_workdirs in results.items()]
     headers = [
         "experiment",
         "accuracy",
@@ -146,8 +151,7 @@ def table(variants: Sequence[Variant], folder: epath.Path, seeds: Sequence[int])
     return tabulate.tabulate(rows, headers, "github", disable_numparse=True, colalign=("left", *["right"] * 6))
 
 
-def _row(variant: Variant, workdirs: Sequence[epath.Path]) -> list[str]:
-    results = {workdir: found for workdir in workdirs if (found := result(workdir))}
+def _row(variant: Variant, results: dict[epath.Path, Result]) -> list[str]:
     if not results:
         return [variant.name, "not run", "", "", "", "", _paper(variant)]
     found, first = list(results.values()), next(iter(results))
@@ -194,13 +198,12 @@ def variants_of(experiments: Iterable[str], scale: str, sweep: Sequence[str]) ->
     return [Variant(experiment, scale, chosen) for experiment in experiments for chosen in itertools.product(*fields)]
 
 
-def write_results(variants: Sequence[Variant], folder: epath.Path, seed: int, text: str, out: epath.Path) -> None:
-    """Writes the table, and the learning curves of the runs with one seed, into a page."""
-    workdirs = {each.name: each.workdir(folder, seed) for each in variants}
-    drawn = [curves.read(workdir, name) for name, workdir in workdirs.items() if result(workdir)]
+def write_results(results: dict[Variant, dict[epath.Path, Result]], out: epath.Path) -> None:
+    """Writes the table, and the learning curves of the first seed of each variant, into a page."""
+    drawn = [curves.read(next(iter(runs_of)), variant.name) for variant, runs_of in results.items() if runs_of]
     picture = out.with_suffix(".png")
     drawing.save(curves.draw(drawn), picture)
-    write(out, f"{text}\n\n![Learning curves, seed {seed}]({picture.name})")
+    write(out, f"{table(results)}\n\n![Learning curves]({picture.name})")
 
 
 def main(_):
@@ -217,10 +220,10 @@ def main(_):
     folder, seeds = paths.resolve(given.runs, "--runs"), [int(seed) for seed in given.seeds]
     variants = variants_of(given.experiments, given.scale, given.sweep)
     failures = [failure for seed in seeds for each in variants if (failure := train(each, folder, seed))]
-    text = table(variants, folder, seeds)
-    print(text)
+    results = {each: results_of(each, folder, seeds) for each in variants}
+    print(table(results))
     if given.out:
-        write_results(variants, folder, seeds[0], text, paths.resolve(given.out, "--out"))
+        write_results(results, paths.resolve(given.out, "--out"))
     if failures:
         raise UserError("These runs failed, and go on with the same command: " + "; ".join(failures))
 

@@ -1,11 +1,8 @@
 """One command trains every experiment and every seed, goes on where it was stopped, and writes what came out."""
 
-import subprocess
-import sys
-
 import pytest
 from etils import epath
-from program import ROOT, environment
+from program import run_module
 
 from benchmarks.reproduce import Variant, result, variants_of, write
 
@@ -14,8 +11,8 @@ TINY = ("--sweep=epochs=1", "--sweep=model.layers=1", "--sweep=model.hidden_size
 
 
 def reproduce(folder, *arguments):
-    command = [sys.executable, "-m", "benchmarks.reproduce", "--scale=digits", f"--runs={folder}/runs", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    given = ("--scale=digits", f"--runs={folder}/runs", *arguments)
+    return run_module("benchmarks.reproduce", *given, timeout=300)
 
 
 def test_a_sweep_over_seeds_is_one_table_and_is_not_trained_twice(tmp_path):
