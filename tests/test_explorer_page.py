@@ -180,7 +180,7 @@ def test_the_numbers_under_the_pointer_are_the_models(one, quadratic_run):
     x, y, *_ = one.evaluate("$('maps').tiles.at(0, 2)")
     box = one.locator("#maps").bounding_box()
     one.mouse.move(box["x"] + x + 4, box["y"] + y + 4)
-    assert one.inner_text("#pointer").startswith("Layer 1, head 3: 1 left, 1 up: probability ")
+    assert one.inner_text("#pointer").startswith("Layer 0, head 2: 1 left, 1 up: probability ")
 
 
 def test_a_screen_reader_hears_a_sentence_and_finds_a_table(one):
@@ -188,7 +188,7 @@ def test_a_screen_reader_hears_a_sentence_and_finds_a_table(one):
     one.keyboard.press("ArrowRight")
     settle(one)
     sentence = one.text_content("#sentence")
-    assert sentence.startswith("Layer 1, head 2: center ") and sentence.endswith("% within 3x3.")
+    assert sentence.startswith("Layer 0, head 1: center ") and sentence.endswith("% within 3x3.")
     assert one.get_attribute("#sentence", "aria-live") == "polite"
     assert one.locator("#table tbody tr").count() == 9
 
@@ -540,6 +540,7 @@ def test_the_view_is_saved_as_pictures_and_its_numbers_as_csv(two):
     assert svg.startswith("<svg") and svg.count("<clipPath") == 18 and "&#60;b&#62;gated &#38; co" in svg
     rows = list(csv.DictReader(io.StringIO(save(two, "save-csv").decode())))
     assert len(rows) == 2 * 9 * 16 and {row["run"] for row in rows} == {"quadratic", "<b>gated & co"}
+    assert [rows[0][name] for name in ("image", "layer", "head")] == ["0", "Layer 0", "0"]
     first = [float(row["probability"]) for row in rows[:16]]
     assert sum(first) == pytest.approx(1, abs=1e-5)
     scores = np.array([float(row["score"]) for row in rows[:16]])

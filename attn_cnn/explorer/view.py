@@ -102,7 +102,7 @@ def of_maps(name: str, maps: Maps, images: int) -> View:
     maps = Maps([layer[:images] for layer in maps.layers], None if maps.images is None else maps.images[:images])
     of_layers = [
         {
-            "name": f"Layer {number + 1}",
+            "name": f"Layer {number}",
             "number": number,
             "grid": list(layer.shape[2:4]),
             "padding": 0,
@@ -142,7 +142,7 @@ def layers(run: Run, images: Float[jax.Array, "_ height width channels"], steps:
 
 def _layer(number: int, encoding: Encoding, x: Float[jax.Array, "_ H W features"], half: bool) -> View:
     height, width = x.shape[1:3]
-    layer = {"name": f"Layer {number + 1}", "number": number, "grid": [height, width], "padding": 0}
+    layer = {"name": f"Layer {number}", "number": number, "grid": [height, width], "padding": 0}
     if encoding.name in KNOWN:
         layer["parameters"] = {"encoding": encoding.name, **flax.serialization.to_state_dict(encoding)}
         if encoding.needs_x:

@@ -39,7 +39,7 @@ function buildImages() {
   const { images, labels, classes, probabilities: shipped, layers } = view();
   const count = images ? images.shape[0] : imageCount(view());
   for (let n = 0; n < count; n++) {
-    let caption = `image ${n + 1}`;
+    let caption = `image ${n}`;
     let wrong = false;
     if (shipped) {
       const now = shipped.subarray(n * classes.length, (n + 1) * classes.length);
@@ -171,7 +171,7 @@ function listenToMaps(canvas) {
     const box = canvas.getBoundingClientRect();
     const [x, y, width, height] = canvas.tiles.at(...found);
     const key = pixelAt((event.clientY - box.top - y) / height, (event.clientX - box.left - x) / width, map.grid);
-    showPointer(map, key, `${views[canvas.run].layers[found[0]].name}, head ${found[1] + 1}: `);
+    showPointer(map, key, `${views[canvas.run].layers[found[0]].name}, head ${found[1]}: `);
   });
   onArrows(canvas, ([rows, columns]) => change({ layer: state.layer + rows, head: state.head + columns }));
 }

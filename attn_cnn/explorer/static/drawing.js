@@ -243,7 +243,7 @@ function drawMaps(pen, maps, tiles, colors, ground, names, chosen) {
     pen.text(names[row], 8, tiles.at(row, 0)[1] + tiles.tall / 2 + 4, colors.quiet, 12);
     heads.forEach((map, column) => {
       const [x, y, width, height] = tiles.at(row, column);
-      if (row === 0) pen.text(String(column + 1), x + width / 2, y - 8, colors.quiet, 12);
+      if (row === 0) pen.text(String(column), x + width / 2, y - 8, colors.quiet, 12);
       if (!map) return;
       drawMap(pen, map, x, y, width, height, colors, ground, { thickness: width > SMALL ? 1.25 : 1 });
       if (chosen && row === chosen[0] && column === chosen[1]) {

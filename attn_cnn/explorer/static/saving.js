@@ -6,12 +6,11 @@ function asCsv() {
   const rows = ["run,image,part,epoch,layer,head,query_row,query_column,key_row,key_column,probability,score"];
   for (const run of compared() ? [state.run, state.other] : [state.run]) {
     const { name, layers, history } = views[run];
-    const image = Number.isInteger(state.image) ? state.image + 1 : state.image;
     const epoch = isPast(run) && history.epoch ? history.epoch[Math.min(state.epoch, history.epoch.length - 1)] : "";
     layers.forEach((layer, n) => {
       for (let head = 0; head < headsOf(layer.parameters); head++) {
         const { P, values, grid, query } = headMap(run, n, head, { kind: "scores" });
-        const whose = [quoted(name), image, state.part, epoch, quoted(layer.name), head + 1, ...query].join();
+        const whose = [quoted(name), state.image, state.part, epoch, quoted(layer.name), head, ...query].join();
         for (let key = 0; P && key < P.length; key++)
           rows.push([whose, Math.floor(key / grid[1]), key % grid[1], +P[key].toPrecision(7), +values[key].toPrecision(7)].join());
       }

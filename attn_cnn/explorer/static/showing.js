@@ -98,7 +98,7 @@ function showPicture(colors) {
   else pen.rectangle(0, 0, width, height, colors.empty);
   if (!view().layers.length) return;
   drawQuery(pen, ([x, y]) => [(x * width) / columns, (y * height) / rows], state.query, 2);
-  const pixel = `row ${state.query[0] + 1} of ${rows}, column ${state.query[1] + 1} of ${columns}`;
+  const pixel = `row ${state.query[0]}, column ${state.query[1]} of a ${rows}x${columns} grid, counted from 0`;
   canvas.setAttribute("aria-label", `Picture with the query pixel: ${pixel}`);
 }
 
@@ -142,7 +142,7 @@ function shownMaps(maps) {
 }
 
 /** Returns what the row of a layer is called: its place among all layers, where it has one. */
-const rowName = ({ number }, n) => String((number >= 0 ? number : n) + 1);
+const rowName = ({ number }, n) => String(number >= 0 ? number : n);
 
 function tilesOf(maps, width, top) {
   const [height, across] = maps.flat().find(Boolean)?.grid || [1, 1];
@@ -205,10 +205,10 @@ function showHead(map, shown, colors) {
   drawMap(canvasPen(canvas, width, height), drawn, 0, 0, width, height, colors, backdrop, { contours: state.outlines, thickness: 1.5 });
   canvas.map = drawn;
   fill($("layer"), layers.map(({ name }) => name), state.layer);
-  fill($("head"), Array.from({ length: headsOf(layers[state.layer].parameters) }, (_, n) => `Head ${n + 1}`), state.head);
+  fill($("head"), Array.from({ length: headsOf(layers[state.layer].parameters) }, (_, n) => `Head ${n}`), state.head);
   $("on").checked = !map.off;
   $("surgery").hidden = !view().classes;
-  canvas.setAttribute("aria-label", `${layers[state.layer].name}, head ${state.head + 1}, enlarged`);
+  canvas.setAttribute("aria-label", `${layers[state.layer].name}, head ${state.head}, enlarged`);
   const keys = canMove() ? " Drag the cross, or press Shift and an arrow key, to move the head's center." : "";
   $("large-help").textContent = `Point at a pixel, or press the arrow keys, to read it.${keys}`;
   showFacts(map, parameters);
@@ -305,10 +305,10 @@ function showForReaders() {
   const chosen = Object.fromEntries(describe(state.layer, state.head, currentParameters(state.run, state.layer)));
   const center = chosen.Center ? `center ${chosen.Center}` : `mean shift ${chosen["Mean shift"]}`;
   const words = chosen.Map ? `map ${chosen.Map}` : `${center}; ${chosen["Within 3\u00d73"]} within 3x3`;
-  $("sentence").textContent = `${layers[state.layer].name}, head ${state.head + 1}: ${words}.`;
+  $("sentence").textContent = `${layers[state.layer].name}, head ${state.head}: ${words}.`;
   const rows = layers.flatMap((layer, n) => {
     const parameters = currentParameters(state.run, n);
-    return Array.from({ length: headsOf(parameters) }, (_, head) => [`${layer.name}, head ${head + 1}`, describe(n, head, parameters)]);
+    return Array.from({ length: headsOf(parameters) }, (_, head) => [`${layer.name}, head ${head}`, describe(n, head, parameters)]);
   });
   const cell = (tag, textContent, scope) => element(tag, scope ? { textContent, scope } : { textContent });
   const names = rows[0][1].map(([name]) => name);
