@@ -64,6 +64,7 @@ class DroppedHeads(struct.PyTreeNode):
         on_probabilities = self.keys is not None and self.dropout_on == "probabilities"
         return self.dense or on_probabilities or not self.encoding.separable
 
+    @jax.named_scope("probabilities")
     def probabilities(self, image: Float[Array, "H W features"], index: Int[Array, ""] | int) -> Probabilities:
         """Returns the probabilities for one image, some of them dropped.
 

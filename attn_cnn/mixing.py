@@ -37,6 +37,7 @@ class Whole(struct.PyTreeNode):
         """Drops each probability by itself; one key a head."""
         return Whole(drop(keys, rate, self.values))
 
+    @jax.named_scope("mixing")
     def mix(self, x: Float[Array, "H W features"]) -> Float[Array, "heads H W features"]:
         """Returns sum_k A_h[q, k] x[k], in the type of x."""
         height, width, features = x.shape
@@ -68,6 +69,7 @@ class Factors(struct.PyTreeNode):
         each = 1 - (1 - rate) ** 0.5
         return Factors(drop(row_keys, each, self.row), drop(column_keys, each, self.column))
 
+    @jax.named_scope("mixing")
     def mix(self, x: Float[Array, "H W features"]) -> Float[Array, "heads queryH queryW features"]:
         """Returns (R_h (x) C_h) x = C_h (R_h x), one grid axis at a time, in the type of x."""
         if self.row.shape[2] > 1 or self.column.shape[1] > 1:  # they differ from query to query
@@ -97,6 +99,7 @@ class Weighted(struct.PyTreeNode):
         """Drops each probability of the sum by itself; one key a head."""
         return self.whole().drop(keys, rate)
 
+    @jax.named_scope("mixing")
     def mix(self, x: Float[Array, "H W features"]) -> Float[Array, "heads H W features"]:
         """Mixes with each part in its own form and adds the results, in the type of x."""
         return self._sum([part.mix(x) for part in self.parts], x.dtype)

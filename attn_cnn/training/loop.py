@@ -66,12 +66,12 @@ class Loop:
 
     def train(self, step: int) -> None:
         """Trains on the next batch, at most two steps being in flight."""
-        indices = devices.replicate(self.experiment.batch(step - 1))
+        inputs = Inputs(self.images, self.labels, devices.replicate(self.experiment.batch(step - 1)))
         former = self.loss
-        self.state, self.loss = self.step(self.state, Inputs(self.images, self.labels, indices), self.places)
+        self.state, self.loss = self.step(self.state, inputs, self.places)
         self.stopping = self.vote.agreed()
         jax.block_until_ready(former)
-        profiled = self.profiler.step(self.loss)
+        profiled = self.profiler.step(self.loss, lambda: self._program(inputs))
         if former is None:
             jax.block_until_ready(self.loss)
             log.info("Compiled; step %d is done.", step)
@@ -79,6 +79,10 @@ class Loop:
             self.clock.pause()
         self.clock.tick()
         self.bar.update()
+
+    def _program(self, inputs: Inputs) -> str:
+        """Returns the text of the compiled step, which JAX still has."""
+        return self.step.lower(self.state, inputs, self.places).compile().as_text()
 
     def report(self, step: int) -> None:
         """Writes the metrics since the last time."""

@@ -50,8 +50,9 @@ def train_step(
     else:
         grads, loss, accuracy, batch_stats = sum_over_pieces(sums, (places, jnp.arange(len(places))))
     grads, loss, accuracy = jax.lax.psum((grads, loss, accuracy), devices.AXIS)
-    updates, opt_state = experiment.optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    with jax.named_scope("optimizer"):
+        updates, opt_state = experiment.optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
     bad = ~jnp.isfinite(loss + optax.tree.norm(grads) + optax.tree.norm(params))
     batch_of_epoch = state.step % experiment.steps_per_epoch
     state = state.replace(
@@ -95,8 +96,9 @@ def gradients(
     counts = places >= 0
     batch = inputs.indices[jnp.where(counts, places, 0)]
     augment_key, dropout_key = jax.random.split(key)
-    x = augment.augment(augment_key, inputs.images[batch], places, config.data.crop_padding, config.data.flip)
-    x = augment.normalize(x, spec.mean, spec.std)
+    with jax.named_scope("augmentation"):
+        x = augment.augment(augment_key, inputs.images[batch], places, config.data.crop_padding, config.data.flip)
+        x = augment.normalize(x, spec.mean, spec.std)
     dropout_key = jax.random.fold_in(dropout_key, jax.lax.axis_index(devices.AXIS))
     if pieces > 1:
         dropout_key = jax.random.fold_in(dropout_key, piece)

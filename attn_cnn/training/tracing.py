@@ -1,26 +1,56 @@
-"""A trace of a few training steps, which TensorBoard's profile plugin and ui.perfetto.dev open."""
+"""A trace of a few training steps, for TensorBoard's profile plugin and ui.perfetto.dev, and where their time went.
 
+A trace says when each of the compiled program's operations ran. What an operation is for, its part of `PARTS`, stands
+in the program's text: the modules and named scopes in which JAX met it, or that it multiplies matrices.
+"""
+
+import collections
 import logging
 import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import jax
+import tabulate
 from etils import epath
+from jax.profiler import ProfileData
 from jaxtyping import Array
 
 log = logging.getLogger("attn_cnn")
 
 FIRST, LAST = 3, 12  # steps after the start, when everything is compiled
 
+# Each operation belongs to the first part whose pattern its scopes match; products of matrices come after these.
+SCOPES = {
+    "optimizer": r"\boptimizer\b",
+    "augmentation": r"\baugmentation\b",
+    "mixing of pixels": r"\bmixing\b",
+    "scores and softmax": r"\bprobabilities\b",
+    "normalisation": r"norm\d?\b",
+}
+PRODUCT = r" (?:dot|convolution)\(|custom_call_target=\"[^\"]*(?:gemm|matmul|conv)"
+BETWEEN_DEVICES = r" (?:all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start|-done)?\("
+CONTAINER = r" (?:while|conditional|call)\("
+PRODUCTS, ACROSS, REST, WAITING = "other products of matrices", "sums over devices", "all else", "waiting"
+PARTS = (PRODUCTS, *SCOPES, ACROSS, REST, WAITING)
+
 
 class Profile:
-    """Writes a trace of steps FIRST to LAST of this start to `directory`; with None it writes nothing."""
+    """Writes a trace of steps FIRST to LAST of this start to `directory`, and logs its summary; with None, nothing."""
 
     def __init__(self, directory: epath.Path | None):
-        self._directory, self._steps, self._tracing, self._result = directory, 0, False, None
+        self._directory, self._steps, self._tracing = directory, 0, False
+        self._result, self._program = None, None
 
-    def step(self, result: Array) -> bool:
-        """Notes that a step was dispatched, which gives `result`; True if the trace began or ended with it."""
-        self._steps, self._result = self._steps + 1, result
+    def step(self, result: Array, program: Callable[[], str]) -> bool:
+        """Notes that a step was dispatched; True if the trace began or ended with it.
+
+        Args:
+          result: what the step gives.
+          program: a function that returns the text of the compiled step.
+        """
+        self._steps, self._result, self._program = self._steps + 1, result, program
         if self._directory is None or self._steps not in (FIRST - 1, LAST):
             return False
         if self._tracing:
@@ -37,11 +67,116 @@ class Profile:
         jax.block_until_ready(self._result)
         jax.profiler.stop_trace()
         self._tracing = False
-        log.info("A trace of %d steps is in %s.", self._steps - FIRST + 1, self._directory)
+        steps = self._steps - FIRST + 1
+        log.info("A trace of %d steps is in %s.", steps, self._directory)
+        if jax.process_index() == 0:
+            log.info("Where their time went:\n%s", summary(newest(self._directory), self._program(), steps))
 
     def __enter__(self):
+        self._cached_by_scopes(self._directory is not None)
         return self
 
     def __exit__(self, *_):
         if self._tracing:  # the run ended, or was stopped, before the last of the steps
             self._stop()
+        self._cached_by_scopes(False)
+
+    @staticmethod
+    def _cached_by_scopes(value: bool) -> None:
+        """Sets whether programs from JAX's cache must have the scopes of this code, not of that which cached them."""
+        jax.config.update("jax_compilation_cache_include_metadata_in_key", value)
+
+
+class Run(NamedTuple):
+    """One run of an operation on a device, from `start` to `end` in nanoseconds."""
+
+    device: tuple[str, int]
+    part: str
+    start: float
+    end: float
+
+
+def newest(directory: epath.Path) -> ProfileData:
+    """Returns the newest trace in `directory`."""
+    path = max(directory.glob("plugins/profile/*/*.xplane.pb"), key=os.fspath)
+    return ProfileData.from_serialized_xspace(path.read_bytes())
+
+
+def summary(trace: ProfileData, program: str, steps: int) -> str:
+    """Returns a table of the time that each part of a step takes, in milliseconds and as a share.
+
+    Args:
+      trace: a trace of the steps.
+      program: the text of the compiled step.
+      steps: how many there are in the trace.
+    """
+    times = time_by_part(runs(trace, parts(program)))
+    total = sum(times.values())
+    rows = [[part, f"{times[part] / steps / 1e6:.2f}", f"{times[part] / total:.1%}"] for part in PARTS if times[part]]
+    return tabulate.tabulate(
+        rows, ["part of a step", "ms", "share"], disable_numparse=True, colalign=("left", "right", "right")
+    )
+
+
+def parts(program: str) -> dict[str, str]:
+    """Returns the part that each operation of a compiled program belongs to; those that contain others are left out."""
+    computations = collections.defaultdict(list)
+    name = ""
+    for line in program.splitlines():
+        if found := re.match(r"(?:ENTRY )?%?([\w.-]+) \(.*\{$", line):
+            name = found[1]
+        elif found := re.match(r"\s+(?:ROOT )?%?([\w.-]+) = ", line):
+            computations[name].append((found[1], line))
+    multiplies = {name for name, lines in computations.items() if any(re.search(PRODUCT, line) for _, line in lines)}
+    return {
+        operation: _part(line, multiplies)
+        for lines in computations.values()
+        for operation, line in lines
+        if not re.search(CONTAINER, line)
+    }
+
+
+def _part(line: str, multiplies: set[str]) -> str:
+    scopes = re.search(r'op_name="([^"]*)"', line)
+    if re.search(BETWEEN_DEVICES, line):
+        return ACROSS
+    for part, pattern in SCOPES.items():
+        if scopes and re.search(pattern, scopes[1]):
+            return part
+    called = re.search(r"calls=%?([\w.-]+)", line)
+    return PRODUCTS if re.search(PRODUCT, line) or (called and called[1] in multiplies) else REST
+
+
+def runs(trace: ProfileData, parts: dict[str, str]) -> Iterator[Run]:
+    """Yields the runs of the operations in `parts` on this host's devices."""
+    planes = list(trace.planes)
+    accelerators = [plane for plane in planes if plane.name.startswith("/device:")]
+    for plane in accelerators or planes:
+        for line in plane.lines:
+            for event in line.events:
+                operation = event.name.removeprefix("%").partition(" ")[0]
+                if operation in parts:
+                    device = plane.name, dict(event.stats).get("device_ordinal", 0)
+                    yield Run(device, parts[operation], event.start_ns, event.end_ns)
+
+
+def time_by_part(runs: Iterable[Run]) -> dict[str, float]:
+    """Returns the nanoseconds of each part, the mean of the devices, from the first run's start to the last one's end.
+
+    Where several operations run on a device at once they share the time; where none does it waits.
+    """
+    by_device = collections.defaultdict(list)
+    for run in runs:
+        by_device[run.device] += [(run.start, 1, run.part), (run.end, -1, run.part)]
+    times = dict.fromkeys(PARTS, 0.0)
+    first = min(events[0] for events in map(min, by_device.values()))
+    last = max(events[0] for events in map(max, by_device.values()))
+    for events in by_device.values():
+        running, now = collections.Counter(), first
+        for time, change, part in (*sorted(events), (last, 0, REST)):
+            shares = running if running.total() else {WAITING: 1}
+            for other, number in shares.items():
+                times[other] += (time - now) * number / sum(shares.values()) / len(by_device)
+            running[part] += change
+            now = time
+    return times
