@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import html
 import http.client
 import io
 import threading
@@ -553,6 +554,18 @@ def test_the_link_to_the_view_is_copied(chromium, addresses):
         opened.click("#copy")
         settle(opened)
         assert "values=%22scores%22" in opened.evaluate("navigator.clipboard.readText()")
+
+
+def test_the_page_works_inside_a_notebook(chromium, addresses, tmp_path):
+    page = html.escape(epath.Path(addresses["one"].removeprefix("file://")).read_text())
+    address = browser.written(tmp_path, f'<!doctype html><body data-ready><iframe srcdoc="{page}"></iframe>')
+    with browser.opened(chromium, address) as outer:
+        inner = outer.frames[1]
+        inner.wait_for_selector("body[data-ready]")
+        inner.select_option("#head", "1")
+        settle(inner)
+        assert inner.text_content("#sentence").startswith("Layer 0, head 1: ")
+        assert not inner.is_visible("#copy")  # there is no address to link to
 
 
 # What the page allows

@@ -293,7 +293,7 @@ function listenToRest() {
   $("save-svg").addEventListener("click", () => save(asSvg(), "image/svg+xml", "svg"));
   $("save-csv").addEventListener("click", () => save(asCsv(), "text/csv", "csv"));
   $("copy").addEventListener("click", async () => {
-    history.replaceState(null, "", `#${stateText()}`);
+    showAddress();
     try {
       await navigator.clipboard.writeText(location.href);
       $("saved").textContent = "The link is copied.";
@@ -315,6 +315,7 @@ async function start() {
   views = await readDocument("view");
   networks = views.map(() => undefined); // not read yet
   readState(location.hash.slice(1));
+  $("copy").hidden = !hasAddress;
   $("run").replaceChildren(...views.map(({ name }, n) => new Option(name, n)));
   $("other").replaceChildren(new Option("none", -1), ...views.map(({ name }, n) => new Option(name, n)));
   $("run-field").hidden = $("other-field").hidden = views.length < 2;

@@ -48,7 +48,7 @@ function show() {
     showHead(maps[state.layer][state.head], shown[0].maps[state.layer][state.head], colors);
     showTheorem(colors);
   }
-  soon("address", 250, () => history.replaceState(null, "", `#${stateText()}`));
+  soon("address", 250, showAddress);
   soon("reader", 350, showForReaders);
 }
 

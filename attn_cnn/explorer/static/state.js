@@ -39,6 +39,14 @@ function stateText() {
   return parts.map(([name, value]) => `${name}=${encodeURIComponent(JSON.stringify(value))}`).join("&");
 }
 
+/** Whether the page has an address of its own; embedded in a notebook it has none. */
+const hasAddress = location.protocol !== "about:";
+
+/** Puts the state into the page's address. */
+function showAddress() {
+  if (hasAddress) history.replaceState(null, "", `#${stateText()}`);
+}
+
 /** Takes the state from the text that `stateText` returned; what is not understood is left out. */
 function readState(text) {
   Object.assign(state, structuredClone(DEFAULTS));
