@@ -151,8 +151,10 @@ UNBOUNDED = Device("any", sys.maxsize)  # everything goes in one block: of a loo
 CPU_BLOCK = 2**20
 # Small grids are mixed by one head after another, for as many images as fill a block (docs/recipe.md).
 CPU_SMALL_GRID = 2**15
-# Accelerators want large products; what one block holds, in float32, takes at most a sixteenth of the memory.
+# Accelerators want large products; what one block holds, in float32, takes at most a sixteenth of the memory, and what
+# the backward pass finds there, of the whole layer, a quarter of that. A CPU mixes again instead (docs/recipe.md).
 BYTES_PER_BLOCK_VALUE = 64
+ACCELERATORS = ("gpu", "tpu")
 UNKNOWN_MEMORY = 2**33
 
 
@@ -169,11 +171,13 @@ class Blocks(NamedTuple):
       held: heads whose probabilities, the same for all images, are held while the images are mixed.
       heads: heads that are mixed at once.
       images: images that are mixed at once.
+      recompute: whether the backward pass mixes again what it needs, which then need not be kept.
     """
 
     held: int
     heads: int
     images: int
+    recompute: bool = True
 
 
 def choose_blocks(
@@ -199,9 +203,10 @@ def choose_blocks(
     at_once = largest_divisor(held, block // values_of_head)
     if jax.export.is_symbolic_dim(batch) or at_once < heads:
         return Blocks(held, at_once, 1)
-    # Several images only where they are small: XLA transposes their gradients back and forth, which takes room too.
-    images = max(1, block // 4 // (values_of_head * at_once))
-    return Blocks(held, at_once, even_share(batch, images))
+    # On a CPU several images only where they are small: XLA transposes their gradients back and forth.
+    images = even_share(batch, max(1, (block // 4 if on_cpu else block) // (values_of_head * at_once)))
+    kept = device.kind in ACCELERATORS and batch * heads * values_of_head <= block // 4
+    return Blocks(held, at_once, images, recompute=not kept)
 
 
 def even_share(n: int, limit: int) -> int:
@@ -246,7 +251,7 @@ def attend_in_blocks(
         heads, kernel = group
         return _of_probabilities(heads.probabilities(x[0], 0), x, kernel, blocks)
 
-    return sum_over_groups(of_group, (heads, kernel), blocks.held)
+    return sum_over_groups(of_group, (heads, kernel), blocks.held, blocks.recompute)
 
 
 def _of_images(heads: Heads, x: Array, kernel: Array, blocks: Blocks) -> Array:
@@ -259,7 +264,7 @@ def _of_images(heads: Heads, x: Array, kernel: Array, blocks: Blocks) -> Array:
             heads, kernel = group
             return _apply(kernel, heads.probabilities(image, index).mix(image))
 
-        return sum_over_groups(of_group, (heads, kernel), blocks.heads)
+        return sum_over_groups(of_group, (heads, kernel), blocks.heads, blocks.recompute)
 
     return jax.lax.map(of_image, (x, jnp.arange(x.shape[0])), batch_size=blocks.images if blocks.images > 1 else None)
 
@@ -280,7 +285,7 @@ def _of_probabilities(A: Probabilities, x: Array, kernel: Array, blocks: Blocks)
             mixed = A.mix(grid)
             return _apply(kernel, mixed.reshape(*mixed.shape[:3], len(images), features))
 
-        return jnp.moveaxis(sum_over_groups(of_group, (A, kernel), blocks.heads), 2, 0)
+        return jnp.moveaxis(sum_over_groups(of_group, (A, kernel), blocks.heads, blocks.recompute), 2, 0)
 
     whole = batch // n * n
     y = jax.lax.map(of_block, x[:whole].reshape(batch // n, n, height, width, features))
@@ -297,17 +302,16 @@ def _apply(kernel: Array, mixed: Array) -> Array:
     return y.reshape(*pixels, -1)
 
 
-def sum_over_groups(of_group: Callable[[Any], Array], heads: Any, size: int) -> Array:
+def sum_over_groups(of_group: Callable[[Any], Array], heads: Any, size: int, recompute: bool) -> Array:
     """Returns sum_g of_group(heads of g), over groups of `size` heads.
 
     `heads` is any pytree whose arrays count the heads on their leading axis. What the backward pass needs of a group is
-    computed again rather than kept.
+    computed again where that is asked for, else kept.
     """
     groups = jax.tree.map(lambda a: a.reshape(-1, size, *a.shape[1:]), heads)
     y = jax.eval_shape(of_group, jax.tree.map(lambda a: a[0], groups))
 
-    @jax.checkpoint
     def add(total, group):
         return total + of_group(group), None
 
-    return jax.lax.scan(add, jnp.zeros(y.shape, y.dtype), groups)[0]
+    return jax.lax.scan(jax.checkpoint(add) if recompute else add, jnp.zeros(y.shape, y.dtype), groups)[0]
