@@ -8,6 +8,7 @@ layer that Theorem 1 puts in a convolution's place.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -242,7 +243,7 @@ class ConvolutionalAttention(nn.Module):
             self.param("spreads", nn.initializers.constant(self.spread), (number,)),
         )
         value = Linear((number, channels, self.features), (self.features,), number * channels, name="value")()
-        A = heads.probabilities(padded[0])
+        A = heads.factors(padded[0])
         rows, columns = self._queries(*padded.shape[1:3])
         kept = Fixed(Factors(A.row[:, rows], A.column[:, :, columns]))
         pixels, device = math.prod(padded.shape[1:3]), self.device or this_device()
@@ -256,7 +257,7 @@ class ConvolutionalAttention(nn.Module):
 
     def _pad(self, x: Array) -> Array:
         """Returns the grids with the zeros that the convolution pads."""
-        pads = self.padding
+        pads: str | Sequence[tuple[int, int]] = self.padding
         if isinstance(pads, str):
             grid, extents, strides = np.array(x.shape[1:3]), np.array(self._extents()), np.full(2, self.stride)
             pads = jax.lax.padtype_to_pads(grid, extents, strides, pads)
@@ -329,6 +330,12 @@ class LayerHeads(NamedTuple):
 
     encoding: Encoding
     x: Array
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the grids."""
+        _, height, width, _ = self.x.shape
+        return height, width
 
     @property
     def mapped(self) -> Float[Array, "_ H W features"]:

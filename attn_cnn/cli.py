@@ -140,7 +140,7 @@ def _is_config(path: epath.Path) -> bool:
 def _configure_log() -> None:
     """Logs our lines at INFO, and of the libraries, which share absl's log, what stops a run (or --verbosity asks)."""
     if flags.FLAGS["verbosity"].using_default_value:
-        flags.FLAGS.verbosity = flags.FLAGS["verbosity"].default = -3
+        flags.FLAGS.verbosity = flags.FLAGS["verbosity"].default = -3  # type: ignore[assignment]  # absl gives no type
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     log = logging.getLogger("attn_cnn")
@@ -167,7 +167,7 @@ def _silence_orbax() -> None:
 
 def _configure_compilation_cache() -> None:
     """Keeps compiled programs, so that the next start need not wait; JAX_COMPILATION_CACHE_DIR says where."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]  # options are made at run time
         folder = paths.cache_folder() / "xla"
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ import functools
 import io
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -19,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
+from matplotlib.rcsetup import cycler
 
 from attn_cnn import regions
 from attn_cnn.errors import UserError, first_line
@@ -30,7 +32,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 MARKERS = "osD^vPX"
 # Of heads: Tol's "muted", nine as the paper has; the tenth head has the first one's again.
 HEADS = ("#332288", "#CC6677", "#117733", "#88CCEE", "#882255", "#999933", "#44AA99", "#AA4499", "#DDCC77")
-LINES = (  # of regions.SHARES; a white edge makes the solid ones visible on the black query
+LINES: tuple[dict[str, Any], ...] = (  # of regions.SHARES; a white edge makes the solid ones visible on the black query
     {"linestyle": "-", "linewidth": 1.6, "path_effects": [withStroke(linewidth=2.4, foreground="white")]},
     {"linestyle": (0, (1, 1.2)), "linewidth": 1.1},
 )
@@ -45,7 +47,7 @@ STYLE = {
     "grid.alpha": 0.3,
     "legend.frameon": False,
     "image.cmap": SEQUENTIAL,
-    "axes.prop_cycle": matplotlib.cycler(color=COLOURS) + matplotlib.cycler(marker=list(MARKERS)),
+    "axes.prop_cycle": cycler(color=COLOURS) + cycler(marker=list(MARKERS)),
     "svg.hashsalt": "attn_cnn",  # else the names of clip paths are drawn at random
     "svg.fonttype": "none",
 }
@@ -102,7 +104,7 @@ def pixel_axes(axes: Axes, grid: tuple[int, int], lines: bool = True) -> None:
     bare(axes)
     axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5), aspect="equal")
     if lines:
-        style = {"color": "0.88", "linewidth": 0.5, "zorder": 0}
+        style: dict[str, Any] = {"color": "0.88", "linewidth": 0.5, "zorder": 0}
         axes.vlines(np.arange(width - 1) + 0.5, -0.5, height - 0.5, **style)
         axes.hlines(np.arange(height - 1) + 0.5, -0.5, width - 0.5, **style)
 
@@ -125,7 +127,7 @@ def head_colour(head: int) -> str:
 
 def legend_of_heads(figure: Figure, heads: Iterable[int], lines: bool = True) -> None:
     """Puts what the colours mean below the panels; where there are `lines`, the dashes and the query, too."""
-    style = {"linewidth": 2} if lines else {"linestyle": "none", "marker": "o", "markersize": 5}
+    style: dict[str, Any] = {"linewidth": 2} if lines else {"linestyle": "none", "marker": "o", "markersize": 5}
     handles = [Line2D([], [], color=head_colour(head), label=f"head {head}", **style) for head in heads]
     if lines:
         handles += [
@@ -170,6 +172,7 @@ def _contours(views: Mapping[int, View]) -> Figure:
         mark_query(panel, view.query)
         rectangle = regions.Rectangle.around(view.query, view.grid)
         for head, score in enumerate(view.heads):
+            assert callable(score)
             for line, polygons in zip(LINES, regions.outlines(score, rectangle), strict=True):
                 for polygon in polygons:
                     row, column = (polygon + view.query).T
@@ -185,6 +188,7 @@ def _pixel_sets(views: Mapping[int, View]) -> Figure:
         for panel in row[len(view.heads) :]:
             panel.set_axis_off()
         for head, (panel, probabilities) in enumerate(zip(row, view.heads, strict=False)):
+            assert not callable(probabilities)
             pixel_axes(panel, view.grid)
             few, many = (regions.fewest_pixels(probabilities, share) for share in SHARES)
             colour = np.array(to_rgb(head_colour(head)))

@@ -157,11 +157,14 @@ class Encoding(struct.PyTreeNode):
 
     def probabilities(self, x: Float[Array, "H W features"]) -> Probabilities:
         """Returns the softmax over all key pixels of the grid of one image."""
-        grid = shifts(*x.shape[:2])
         if self.separable:
-            row, column = self.terms(*grid, x)
-            return Factors(jax.nn.softmax(row[..., 0]), jax.nn.softmax(column[..., 0, :]))
-        return Whole(jax.nn.softmax(self.scores(*grid, x), (-2, -1)))
+            return self.factors(x)
+        return Whole(jax.nn.softmax(self.scores(*shifts(*x.shape[:2]), x), (-2, -1)))
+
+    def factors(self, x: Float[Array, "H W features"]) -> Factors:
+        """Returns the probabilities of a separable encoding: the softmax over key rows and that over key columns."""
+        row, column = self.terms(*shifts(*x.shape[:2]), x)
+        return Factors(jax.nn.softmax(row[..., 0]), jax.nn.softmax(column[..., 0, :]))
 
     def parts(self, x: Float[Array, "H W features"]) -> Parts:
         """Returns the scores of all pairs of pixels of one image, taken apart."""
@@ -229,8 +232,8 @@ class CenteredEncoding(Encoding):
     """What the encodings share whose heads look at a center, mu_h, from wherever they are."""
 
     continuous = True
-    reads = ("init", "init_spread")
-    undecayed = ("centers", "spreads")
+    reads: ClassVar[tuple[str, ...]] = ("init", "init_spread")
+    undecayed: ClassVar[tuple[str, ...]] = ("centers", "spreads")
     positions = ("centers", "spreads")
 
     @classmethod
@@ -383,7 +386,7 @@ def resize_tables(params: dict, max_side: int) -> dict:
 class LearnedEncoding(Encoding):
     """What the learned encodings share: two tables of embeddings, N(0, 1), of their own or of the whole model."""
 
-    reads = ("embedding_size", "share_tables")
+    reads: ClassVar[tuple[str, ...]] = ("embedding_size", "share_tables")
     positions = ("row_embeddings", "column_embeddings", "row_head_keys", "column_head_keys")
 
     @classmethod
@@ -558,6 +561,7 @@ class LearnedQuery(QueryEncoding, name="learned_query"):
 
     def terms(self, rows: Array, columns: Array, x: Array | None = None) -> tuple[Array, Array]:
         """Returns the scores of the pixels of `x`; `rows` and `columns` are the shifts of its grid."""
+        assert x is not None  # needs_x
         height, width, features = x.shape
         keys = jnp.concatenate([self.row_keys, self.column_keys], axis=1).astype(x.dtype)
         biases = jnp.concatenate([self.row_biases, self.column_biases], axis=1)
@@ -628,10 +632,14 @@ class Content(struct.PyTreeNode):
 class PositionAndContent:
     """What the encodings share that have a `position` and a `content` and add their scores."""
 
+    position: Encoding
+    content: Content
+
     needs_x = True
 
     def scores(self, rows: Array, columns: Array, x: Array | None = None) -> Array:
         """Returns the scores of position plus those of content."""
+        assert x is not None  # needs_x
         return self.position.scores(rows, columns, x) + self.content.scores(x)
 
     def parts(self, x: Float[Array, "H W features"]) -> Parts:
@@ -697,6 +705,7 @@ class Gated(CenteredEncoding, name="gated"):
 
     def scores(self, rows: Array, columns: Array, x: Array | None = None) -> Array:
         """Returns log A_h, the scores whose softmax is the mixture."""
+        assert x is not None  # needs_x
         return self.parts(x).total
 
     def parts(self, x: Float[Array, "H W features"]) -> Parts:
@@ -713,7 +722,7 @@ class Gated(CenteredEncoding, name="gated"):
         """Returns the mixture, whose positional part keeps its factors."""
         content = Whole(jax.nn.softmax(self.content.scores(x), (-2, -1)))
         g = jax.nn.sigmoid(self.gates)
-        return Weighted((1 - g, g), (content, self.position.probabilities(x)))
+        return Weighted((1 - g, g), (content, self.position.factors(x)))
 
     def degenerate(self) -> dict[int, str]:
         """Returns the heads whose positional part is uniform."""

@@ -15,7 +15,7 @@ queries and as keys, and what is left for a query is scaled to sum to 1 again: a
 
 import logging
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -49,7 +49,7 @@ def write(path: epath.Path, maps: Maps) -> None:
     """
     layers = [np.asarray(layer) for layer in maps.layers]
     if len({layer.shape for layer in layers}) == 1:
-        arrays = {"maps": np.stack(layers)}
+        arrays: dict[str, Any] = {"maps": np.stack(layers)}
     else:
         arrays = {f"maps_{number}": layer for number, layer in enumerate(layers)}
     if maps.images is not None:
@@ -76,8 +76,8 @@ def read(path: epath.Path) -> Maps:
         raise UserError(f"{path} is no .npz of plain arrays: {first_line(error)}") from None
     grid, images = arrays.pop("grid", None), arrays.pop("images", None)
     prefix = _checked_prefix(path, arrays.pop("prefix_tokens", np.array(0)))
-    form, layers = _layers(path, arrays)
-    layers = [_with_images(f"{name} in {path}", layer, form) for name, layer in layers.items()]
+    form, named = _layers(path, arrays)
+    layers = [_with_images(f"{name} in {path}", layer, form) for name, layer in named.items()]
     if form == "attentions":
         layers = _on_grids(path, layers, _checked_grids(path, grid, len(layers)), prefix)
     elif grid is not None or prefix:

@@ -7,7 +7,9 @@ The probabilities A_h come in three forms: `Factors`, `Whole`, or `Weighted` sum
 that fit a device. Letters: h the head, (i, j) the query pixel, (k, l) the key pixel, d a feature in, o a feature out.
 """
 
+import functools
 import math
+import operator
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -109,10 +111,11 @@ class Weighted(struct.PyTreeNode):
         return Whole(self._sum([part.whole().values for part in self.parts], self.weights[0].dtype))
 
     def _sum(self, values: list[Array], dtype: Any) -> Array:
-        return sum(
+        weighted = (
             weights.astype(dtype).reshape(-1, *[1] * (part.ndim - 1)) * part
             for weights, part in zip(self.weights, values, strict=True)
         )
+        return functools.reduce(operator.add, weighted)
 
 
 Probabilities = Whole | Factors | Weighted

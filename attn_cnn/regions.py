@@ -7,7 +7,7 @@ holds more.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import contourpy
 import numpy as np
@@ -55,7 +55,7 @@ def outlines(score: Score, rectangle: Rectangle, shares: Sequence[float] = SHARE
     rows, columns = (np.r_[side[0] - 1e-9, side, side[-1] + 1e-9] for side in (rows, columns))
     contour = contourpy.contour_generator(columns, rows, values)
     levels = [inside[np.searchsorted(held, share * held[-1])] for share in shares]
-    return [[line[:, ::-1] for line in contour.lines(level)] for level in levels]
+    return [[line[:, ::-1] for line in cast(list[Polygon], contour.lines(level))] for level in levels]
 
 
 def _where_the_mass_is(score: Score, window: Rectangle) -> Rectangle:

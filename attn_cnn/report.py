@@ -49,8 +49,9 @@ def compiled_flops(model: ml_collections.ConfigDict) -> float:
     """Returns the FLOPs of one image's evaluation in float32 (so factored, where it may be), as the compiler counts."""
     module, variables = create_model(model, device=UNBOUNDED), abstract_variables(model)
     images = jax.ShapeDtypeStruct((1, *model.image_shape), jnp.float32)
-    compiled = jax.jit(module.apply).lower(variables, images).compile()
-    return compiled.cost_analysis()["flops"]
+    costs = jax.jit(module.apply).lower(variables, images).compile().cost_analysis()
+    assert costs is not None  # XLA counts them
+    return costs["flops"]
 
 
 def describe(model: ml_collections.ConfigDict) -> str:

@@ -98,7 +98,7 @@ def for_each_layer(value: Any, layers: int) -> tuple:
 
 def flatten(config: ml_collections.ConfigDict, prefix: str = "") -> dict[str, Any]:
     """Returns the fields by their names with dots, as in {"model.heads": 9}."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, ml_collections.ConfigDict):
             flat |= flatten(value, f"{prefix}{key}.")

@@ -53,7 +53,7 @@ def export_run(run: Run, path: epath.Path) -> None:
             _write_pickle(run, state_dict, path)
         elif path.suffix == ".npz":
             with path.open("wb") as file:
-                np.savez(file, **state_dict)
+                np.savez(file, **state_dict)  # type: ignore[arg-type]  # none is called allow_pickle
         else:
             path.write_bytes(safetensors.numpy.save(state_dict))
     except OSError as error:

@@ -130,9 +130,9 @@ def evaluate(
     workdir_lib.check_data(workdir, dataset.spec, only=("image_shape", "mean", "std", "names"))
     experiment = as_left(create_experiment(config, dataset.spec), workdir)
     step, state = restore(experiment, workdir, step)
-    test_set = devices.replicate((dataset.test_images, dataset.test_labels))
+    images, labels = devices.replicate((dataset.test_images, dataset.test_labels))
     with Interrupt() as interrupt, jax.default_matmul_precision(experiment.config.matmul_precision):
-        results = create_evaluate(experiment, *test_set, interrupt)(devices.replicate(state))
+        results = create_evaluate(experiment, images, labels, interrupt)(devices.replicate(state))
     if results is None:
         raise Stopped("evaluation stopped.", interrupt.signal or signal.SIGTERM)
     log.info("%s, step %d: %s", workdir, step, words("test", results))

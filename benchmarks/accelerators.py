@@ -133,7 +133,7 @@ def _compile(
         sharding = NamedSharding(mesh, spec)
         return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)
 
-    data = steps.Inputs(
+    data = (
         jax.ShapeDtypeStruct((IMAGES, *config.model.image_shape), jnp.uint8),
         jax.ShapeDtypeStruct((IMAGES,), jnp.int32),
         jax.ShapeDtypeStruct(indices, jnp.int32),
@@ -141,7 +141,8 @@ def _compile(
     share = jax.ShapeDtypeStruct((mesh.size, *places), jnp.int32)
     everywhere, shared = PartitionSpec(), PartitionSpec(devices.AXIS)
     started = time.perf_counter()
-    lowered = devices.sharded(step, mesh, donated).lower(on(everywhere, state), on(everywhere, data), on(shared, share))
+    inputs = steps.Inputs(*on(everywhere, data))
+    lowered = devices.sharded(step, mesh, donated).lower(on(everywhere, state), inputs, on(shared, share))
     compiled = lowered.compile()
     return Program(time.perf_counter() - started, compiled, operands(lowered.as_text()))
 
@@ -198,7 +199,7 @@ def _bytes(shapes: str) -> int:
 def row(names: dict[str, str], program: Program) -> dict[str, str]:
     """Returns a row of the table."""
     memory, costs = program.compiled.memory_analysis(), program.compiled.cost_analysis() or {}
-    text = program.compiled.as_text()
+    text = program.compiled.as_text() or ""
     across = collectives(text)
     return names | {
         "s to compile": f"{program.seconds:.0f}",

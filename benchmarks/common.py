@@ -112,9 +112,9 @@ def training_side(experiment: Experiment, counted: Experiment | None = None) -> 
       counted: the same without loops, for the compiler to count; None: made from the config.
     """
     batch = experiment.config.batch_size
-    inputs = devices.replicate(Inputs(*random_images(experiment), experiment.batch(0)))
+    inputs = Inputs(*devices.replicate((*random_images(experiment), experiment.batch(0))))
     state, places = devices.replicate(random_state(experiment)), devices.shares(batch)
-    compiled, counted = (
+    compiled, without_loops = (
         compile_train_step(each).lower(state, inputs, places).compile()
         for each in (experiment, counted or in_one_block(experiment))
     )
@@ -124,20 +124,22 @@ def training_side(experiment: Experiment, counted: Experiment | None = None) -> 
         state, _ = compiled(state, inputs, places)
         jax.block_until_ready(state)
 
-    return compiled_side(once, batch, compiled, counted)
+    return compiled_side(once, batch, compiled, without_loops)
 
 
 def evaluation_side(experiment: Experiment) -> Side:
     """Returns the evaluation of one batch, as a run does it."""
     batch = experiment.config.eval_batch_size
-    inputs = devices.replicate(Inputs(*random_images(experiment), np.int32(0)))
+    inputs = Inputs(*devices.replicate((*random_images(experiment), np.int32(0))))
     state, places = random_state(experiment), devices.shares(batch)
     variables = devices.replicate({"params": state.params, "batch_stats": state.batch_stats})
-    compiled, counted = (
+    compiled, without_loops = (
         compile_eval_step(each).lower(variables, inputs, places).compile()
         for each in (experiment, in_one_block(experiment))
     )
-    return compiled_side(lambda: jax.block_until_ready(compiled(variables, inputs, places)), batch, compiled, counted)
+    return compiled_side(
+        lambda: jax.block_until_ready(compiled(variables, inputs, places)), batch, compiled, without_loops
+    )
 
 
 # The real training loop
@@ -170,8 +172,8 @@ def stretches(experiment: Experiment, steps: int) -> Iterator[Iterator[tuple[Nex
 
 def function_side(function: Callable, *arguments: Any, images: int = 0, counted: Callable | None = None) -> Side:
     """Returns `function`, compiled for `arguments`; `counted` computes the same without loops."""
-    compiled, counted = (jax.jit(f).lower(*arguments).compile() for f in (function, counted or function))
-    return compiled_side(lambda: jax.block_until_ready(compiled(*arguments)), images, compiled, counted)
+    compiled, without_loops = (jax.jit(f).lower(*arguments).compile() for f in (function, counted or function))
+    return compiled_side(lambda: jax.block_until_ready(compiled(*arguments)), images, compiled, without_loops)
 
 
 def matmul_side() -> Side:
@@ -185,6 +187,7 @@ def compiled_side(
 ) -> Side:
     """Returns a side with the memory that `compiled` holds, and the costs of `counted`, the same without loops."""
     m, analysis = compiled.memory_analysis(), counted.cost_analysis()
+    assert m is not None and analysis is not None  # XLA has both
     memory = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
     return Side(once, images, analysis["flops"], analysis["bytes accessed"], memory)
 
@@ -197,7 +200,7 @@ def alternate(sides: dict[str, Side], rounds: int) -> dict[str, list[float]]:
 
     They take turns, in another order each round: it matters which program ran before.
     """
-    seconds = {name: [] for name in sides}
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
     for i in range(rounds + 1):
         for name in random.Random(i).sample(list(sides), len(sides)):
             started = time.perf_counter()

@@ -117,8 +117,8 @@ def results_of(variant: Variant, folder: epath.Path, seeds: Sequence[int]) -> di
 def training_seconds(workdir: epath.Path, batch_size: int) -> float:
     """Returns the seconds that a run's steps took, on as many devices as are here."""
     scalars = metrics.read(workdir / "metrics")
-    rates = {step: value for step, tag, value in scalars if tag == "images_per_second_per_device"}
-    steps, rates = np.array(sorted(rates.items())).reshape(-1, 2).T
+    measured = {step: value for step, tag, value in scalars if tag == "images_per_second_per_device"}
+    steps, rates = np.array(sorted(measured.items())).reshape(-1, 2).T
     return float(sum(np.diff(steps, prepend=0) * batch_size / jax.device_count() / rates))
 
 

@@ -36,7 +36,11 @@ def layers(device: Device | None) -> dict[str, nn.Module]:
 
 def gradients(layer: nn.Module, then: LinearMap) -> Callable:
     """Returns a function from parameters and x to a layer's squared values, summed, and all gradients."""
-    return jax.value_and_grad(lambda params, x: jnp.square(layer.apply(params, x, then)).sum(), (0, 1))
+
+    def total(params, x):
+        return jnp.square(layer.apply(params, x, then)).sum()
+
+    return jax.value_and_grad(total, (0, 1))
 
 
 def layer_sides(grid: int) -> dict[str, common.Side]:

@@ -20,6 +20,7 @@ def seconds_to_first_step() -> float:
         command = [sys.executable, "main.py", "--config=configs/quadratic.py:small", f"--workdir={workdir}/run"]
         started = time.perf_counter()
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        assert process.stderr is not None  # it is a pipe
         try:
             for line in process.stderr:
                 if "step 1 is done" in line:

@@ -71,6 +71,12 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen) -> None
         time.sleep(0.001)
 
 
+def wait_for_checkpoint(workdir: Path, process: subprocess.Popen) -> None:
+    """Waits until there is a newer checkpoint than now, or the process ends."""
+    newest = newest_checkpoint(workdir)
+    wait_until(lambda: newest_checkpoint(workdir) > newest, process)
+
+
 def kill_once(name: str, workdir: Path, while_writing: bool, rng: random.Random) -> bool:
     """Starts the run and kills it, while it starts or after a few checkpoints.
 
@@ -83,8 +89,7 @@ def kill_once(name: str, workdir: Path, while_writing: bool, rng: random.Random)
 
     process = start(name, workdir, subprocess.DEVNULL)
     for _ in range(checkpoints):
-        newest = newest_checkpoint(workdir)
-        wait_until(lambda newest=newest: newest_checkpoint(workdir) > newest, process)
+        wait_for_checkpoint(workdir, process)
     if while_writing:
         wait_until(writing, process)
         time.sleep(rng.uniform(0, 0.1))
@@ -98,7 +103,7 @@ def kill_once(name: str, workdir: Path, while_writing: bool, rng: random.Random)
 
 def scalars(workdir: Path) -> dict[str, list[tuple[int, float]]]:
     """Returns step and value of each time that a metric was written, in order, by its tag."""
-    by_tag = {tag: [] for tag in TAGS}
+    by_tag: dict[str, list[tuple[int, float]]] = {tag: [] for tag in TAGS}
     for step, tag, value in metrics.read(epath.Path(workdir) / "metrics"):
         if tag in by_tag:
             by_tag[tag].append((step, value))
@@ -119,14 +124,14 @@ def torture(name: str, kills: int, rng: random.Random, folder: Path) -> dict[str
     expected, run = attn_cnn.load_run(peaceful), attn_cnn.load_run(tortured)
     assert run.step == expected.step, f"{tortured} ends at step {run.step} of {expected.step}"
     same = jax.tree.map(np.array_equal, expected.params, run.params)
-    expected, written = scalars(peaceful), scalars(tortured)
+    wanted, written = scalars(peaceful), scalars(tortured)
     return {
         "run": name,
         "kills": kills,
         "while a checkpoint was written": during_writes,
         "starts from a checkpoint": resumes,
         "parameters that differ": sum(not s for s in jax.tree.leaves(same)),
-        "metrics that differ": sum(expected[tag] != written[tag] for tag in TAGS),
+        "metrics that differ": sum(wanted[tag] != written[tag] for tag in TAGS),
     }
 
 

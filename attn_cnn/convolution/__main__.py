@@ -73,7 +73,7 @@ def recover() -> None:
         found = recover.recover_maps(maps.read(paths.resolve(FLAGS.maps, "--maps")))
     else:
         run = load_run(FLAGS.workdir, cli.step())
-        found = recover.recover(run, FLAGS.images, out / f"tuned_{run.step}" if FLAGS.tune else None)
+        found = recover.recover(run, FLAGS.images, out / f"tuned_{run.step}" if out and FLAGS.tune else None)
     print(report.describe(found))
     if out is not None:
         report.write(found, out)

@@ -29,7 +29,8 @@ def network(
 ) -> Float[Array, "batch classes"]:
     """Returns the logits of pictures, with calls to the network's modules going by `interceptor`."""
     with nn.intercept_methods(interceptor) if interceptor else contextlib.nullcontext():
-        return run.model.apply(variables, augment.normalize(images, run.mean, run.std), train=False)
+        result: Any = run.model.apply(variables, augment.normalize(images, run.mean, run.std), train=False)
+        return result
 
 
 def logits(

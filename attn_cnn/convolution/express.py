@@ -4,10 +4,11 @@ At `theorem.EXACT_SPREAD` the logits are the same up to rounding, and no gradien
 from a smaller spread, as `--spread=3.16` (s^2 = 10), at some cost in accuracy, which is printed.
 """
 
+import functools
 import statistics
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -108,35 +109,34 @@ def compare_layers(run: Run, spread: float, images: UInt8[np.ndarray, "_ height 
         return out
 
     network(run, variables(run), images[:LAYER_IMAGES], keep)
-    return [compare("/".join(path), *layer, spread) for path, *layer in found]
+    return [compare("/".join(path), module, params, x, spread) for path, module, params, x in found]
 
 
 def compare(name: str, convolution: nn.Conv, params: dict, x: Float[Array, "_ H W in"], spread: float) -> Layer:
     """Returns a convolution of the network beside its attention layer, both given `x`."""
-    pads = ((convolution.padding,) * 2,) * 2
-    attention = ConvolutionalAttention(
-        convolution.features, convolution.kernel_size, convolution.strides[0], padding=pads, dtype=convolution.dtype
-    )
+    conv: Any = convolution  # Flax allows padding and strides of more forms than a ResNet has
+    pads = ((conv.padding,) * 2,) * 2
+    attention = ConvolutionalAttention(conv.features, conv.kernel_size, conv.strides[0], padding=pads, dtype=conv.dtype)
     theirs = attention_from_convolution(params["kernel"], spread=spread, padding=pads)
     sides = [
-        (jax.jit(layer.apply), {"params": parameters})
+        functools.partial(jax.jit(layer.apply), {"params": parameters}, x)
         for layer, parameters in ((convolution, params), (attention, theirs))
     ]
-    expected, y = (np.asarray(apply(variables, x), np.float64) for apply, variables in sides)
-    times = alternate([lambda side=side: side[0](side[1], x) for side in sides])
+    expected, y = (np.asarray(side(), np.float64) for side in sides)
+    of_convolution, of_attention = alternate(sides)
     return Layer(
         name=name,
         kernel=params["kernel"].shape,
         grid=expected.shape[1:3],
         error=float(np.abs(y - expected).max() / np.abs(expected).max()),
-        seconds=times,
+        seconds=(of_convolution, of_attention),
         parameters=(count_parameters(params), count_parameters(theirs)),
     )
 
 
-def alternate(functions: list[Callable[[], Array]]) -> tuple[float, ...]:
+def alternate(functions: Sequence[Callable[[], Array]]) -> tuple[float, ...]:
     """Returns the median seconds of each function, which take turns since a machine's speed drifts."""
-    seconds = [[] for _ in functions]
+    seconds: list[list[float]] = [[] for _ in functions]
     for _ in range(ROUNDS):
         for function, taken in zip(functions, seconds, strict=True):
             begin = time.perf_counter()
@@ -160,15 +160,15 @@ def express(workdir: epath.PathLike, out: epath.PathLike, spread: float, step: i
         begin = time.perf_counter()
         both.append(logits(side, test.test_images))
         seconds.append(time.perf_counter() - begin)
-    accuracies = tuple(accuracy(side, test.test_labels) for side in both)
+    before, after = (accuracy(side, test.test_labels) for side in both)
     state = state_of(create_experiment(ours.config, run.spec), variables(ours), run.step)
-    workdir_lib.create(out, ours.config, run.spec, state, {"test_accuracy": accuracies[1]})
+    workdir_lib.create(out, ours.config, run.spec, state, {"test_accuracy": after})
     return Expressed(
         layers=compare_layers(run, spread, test.test_images),
         logits=float(np.abs(both[0] - both[1]).max()),
         agreement=float((both[0].argmax(-1) == both[1].argmax(-1)).mean()),
-        accuracies=accuracies,
-        seconds=tuple(seconds),
+        accuracies=(before, after),
+        seconds=(seconds[0], seconds[1]),
     )
 
 

@@ -150,25 +150,28 @@ def shape(kernel: Float[np.ndarray, "rows columns"]) -> Shape:
     rows, columns = (np.arange(length) - length // 2 for length in kernel.shape)
     at = np.unravel_index(kernel.argmax(), kernel.shape)
     mass = kernel / kernel.sum()
-    means, deviations = [], []
-    for along, shifts in ((mass.sum(1), rows), (mass.sum(0), columns)):
-        means.append(float(along @ shifts))
-        deviations.append(float(np.sqrt(along @ (shifts - means[-1]) ** 2)))
+    (row, row_deviation), (column, column_deviation) = moments(mass.sum(1), rows), moments(mass.sum(0), columns)
     windows = tuple(smallest_window(mass, share) for share in SHARES)
     peak_shift = (int(rows[at[0]]), int(columns[at[1]]))
     return Shape(
         peak_shift=peak_shift,
         peak=float(kernel[at]),
-        mean_shift=tuple(means),
-        deviation=tuple(deviations),
+        mean_shift=(row, column),
+        deviation=(row_deviation, column_deviation),
         windows=windows,
         target=peak_shift if windows[0] <= TARGET_WINDOW else None,
     )
 
 
+def moments(mass: Float[np.ndarray, "shifts"], shifts: Int[np.ndarray, "shifts"]) -> tuple[float, float]:
+    """Returns the mean of the shift along one axis and its standard deviation, weighted with `mass`, of sum 1."""
+    mean = float(mass @ shifts)
+    return mean, float(np.sqrt(mass @ (shifts - mean) ** 2))
+
+
 def sharing(targets: list[tuple[int, int] | None]) -> list[list[int]]:
     """Returns the groups of heads that have the same target."""
-    of_target = {}
+    of_target: dict[tuple[int, int], list[int]] = {}
     for head, target in enumerate(targets):
         if target is not None:
             of_target.setdefault(target, []).append(head)
@@ -180,9 +183,9 @@ def mirrored(targets: list[tuple[int, int] | None]) -> list[tuple[int, int]]:
 
     def pairs() -> Iterator[tuple[int, int]]:
         for a, target in enumerate(targets):
-            for b in range(a + 1, len(targets)):
-                if target not in (None, (0, 0)) and targets[b] == (-target[0], -target[1]):
-                    yield a, b
+            if target is not None and target != (0, 0):
+                opposite = (-target[0], -target[1])
+                yield from ((a, b) for b in range(a + 1, len(targets)) if targets[b] == opposite)
 
     return list(pairs())
 

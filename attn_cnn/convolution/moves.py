@@ -49,9 +49,10 @@ def moves(params: dict, path: tuple[str, ...] = ()) -> Iterator[Moves]:
         centers, squares = np.asarray(params["centers"], np.float64), np.square(np.asarray(params["spreads"]))
         off = centers - window(math.isqrt(len(centers)))
         distances = np.linalg.norm(off, axis=-1)
-        spread = tuple(float(f(squares)) for f in (np.min, np.median, np.max))
+        low, median, high = (float(f(squares)) for f in (np.min, np.median, np.max))
         left = int((np.abs(off).max(-1) > 0.5).sum())
-        yield Moves("/".join(path), float(distances.mean()), float(distances.max()), left, len(centers), spread)
+        mean, largest = float(distances.mean()), float(distances.max())
+        yield Moves("/".join(path), mean, largest, left, len(centers), (low, median, high))
         return
     for name, value in sorted(params.items()):
         if isinstance(value, dict):

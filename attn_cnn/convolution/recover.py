@@ -61,7 +61,7 @@ class Layer(NamedTuple):
 
 def averages(batches: Iterable[list[Array]]) -> list[Average]:
     """Returns the average maps of each layer over batches of images."""
-    total = None
+    total: list[Average] = []
     for maps in batches:
         batch = [Average.of(np.asarray(layer)) for layer in maps]
         total = [a.with_more(b) for a, b in zip(total, batch, strict=True)] if total else batch
@@ -163,7 +163,8 @@ def recover(run: Run, images: int, tune: epath.Path | None = None) -> Report:
     test = evaluation_data(run)
     some = test.test_images[:images]
     maps = maps_of_run(run, some)
-    layers, cuts = [report_of_layer(*of_layer) for of_layer in maps.items()], {}
+    layers = [report_of_layer(*of_layer) for of_layer in maps.items()]
+    cuts: dict[int, list[tuple[Cut, float]]] = {}
     for report in layers:
         number = report["layer"]
         own = layer_params(run.params, number)
@@ -172,8 +173,8 @@ def recover(run: Run, images: int, tune: epath.Path | None = None) -> Report:
         layer = Layer(report["kernels"], np.asarray(own["value"]["kernel"]))
         report["energy"] = layer.energy()
         cuts[number] = windows_of(layer)
-        around = Window(-(TUNED_SIDE // 2), -(TUNED_SIDE // 2), TUNED_SIDE)
-        report["around_query"] = layer.cut(around) if TUNED_SIDE in layer.sides() else None
+        window = Window(-(TUNED_SIDE // 2), -(TUNED_SIDE // 2), TUNED_SIDE)
+        report["around_query"] = layer.cut(window) if TUNED_SIDE in layer.sides() else None
     errors = replace.layer_errors(run, {number: [cut for cut, _ in best] for number, best in cuts.items()}, some)
     for report in layers:
         best = zip(cuts[report["layer"]], errors[report["layer"]], strict=True)
@@ -191,7 +192,7 @@ def accuracies(run: Run, test: Dataset, cuts: dict[int, list[Cut]]) -> Report:
     def measured(replaced: dict[int, Cut]) -> float:
         return accuracy(logits(run, test.test_images, replace.replacing(replaced)), test.test_labels)
 
-    result = {"as_trained": measured({}), "replaced": []}
+    result: Report = {"as_trained": measured({}), "replaced": []}
     for i, side in enumerate(SIDES):
         having = {number: best[i] for number, best in cuts.items() if i < len(best)}
         if not having:

@@ -96,14 +96,14 @@ def layer_errors(
     run: Run, cuts: Mapping[int, list[Cut]], images: UInt8[np.ndarray, "images height width channels"]
 ) -> dict[int, list[Errors]]:
     """Returns, for each layer and each of its cuts, the error of its output when it is given what reaches it there."""
-    size, totals = run.config.eval_batch_size, None
+    size = run.config.eval_batch_size
     step = jax.jit(lambda variables, batch: _squares(run, cuts, variables, batch))
     with jax.default_matmul_precision(run.config.matmul_precision):
-        for start in range(0, len(images), size):
-            squares = jax.tree.map(
-                lambda a: np.asarray(a, np.float64), step(variables(run), images[start : start + size])
-            )
-            totals = squares if totals is None else jax.tree.map(np.add, totals, squares)
+        squares = [
+            jax.tree.map(lambda a: np.asarray(a, np.float64), step(variables(run), images[start : start + size]))
+            for start in range(0, len(images), size)
+        ]
+    totals = jax.tree.map(lambda *batches: sum(batches), *squares)
     return {
         layer: [_errors(cut.window, *sums) for cut, sums in zip(cuts[layer], of_layer, strict=True)]
         for layer, of_layer in totals.items()

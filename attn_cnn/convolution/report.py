@@ -97,7 +97,8 @@ def as_json(report: Report) -> str:
 
 def draw(report: Report) -> Figure:
     """Draws the kernels by shift of each layer's heads, each scaled by itself, and the energy of the layer's own."""
-    rows, titles, outlines = [], [], {}
+    rows: list[list[np.ndarray]] = []
+    titles, outlines = [], {}
     for layer in report["layers"]:
         names = [f"head {head['head']}: {head['peak']:.2f}" for head in layer["heads"]]
         images = list(layer["kernels"])

@@ -8,6 +8,7 @@ what the border of the grid cuts off.
 """
 
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -103,7 +104,7 @@ class _Declared(SelfAttention):
     """The encoding of an attention layer, by itself."""
 
     @nn.compact
-    def __call__(self, features: int) -> Encoding:
+    def __call__(self, features: int) -> Encoding:  # type: ignore[override]  # Flax lets one method declare
         """Returns the encoding that the parameters make, for pixels of `features` numbers."""
         return encoding_class(self.encoding).declare(self, features, None)
 
@@ -126,7 +127,8 @@ def position_encoding(params: dict) -> Encoding:
         module = _Declared(name, heads, **sizes)
         wanted = jax.eval_shape(lambda module=module: module.init(jax.random.key(0), features))["params"]
         if jax.tree.map(jnp.shape, wanted) == jax.tree.map(jnp.shape, own):
-            return module.apply({"params": own}, features)
+            encoding: Any = module.apply({"params": own}, features)
+            return encoding
     raise UserError(
         f"these parameters ({', '.join(sorted(params))}) are of no layer whose attention depends on positions alone "
         f"({', '.join(candidates)}); only such a layer is a convolution."

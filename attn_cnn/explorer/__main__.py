@@ -33,7 +33,8 @@ def page_of_runs(workdirs: Sequence[epath.PathLike], images: int, weights: bool,
     from attn_cnn.training.runs import load_run
     from attn_cnn.training.workdir import open_workdir
 
-    views, networks = [], []
+    views: list[view.View] = []
+    networks: list[list[network.Step] | None] = []
     for workdir in map(open_workdir, workdirs):
         run = load_run(workdir, step)
         steps = network.steps(run)

@@ -133,7 +133,7 @@ def layers(run: Run, images: Float[jax.Array, "_ height width channels"], steps:
         found = list(_expressed_layers(run, steps))
     else:
         heads = jax.jit(functools.partial(heads_of_layers, run.model))(run.params, images)
-        found = [_layer(number, *layer, half) for number, layer in heads.items()]
+        found = [_layer(number, layer.encoding, layer.x, half) for number, layer in heads.items()]
     for layer, step in zip(found, attention, strict=True):
         value = step["value"].reshape(len(step["value"]), -1)
         layer["gram"] = value @ value.T
@@ -190,8 +190,8 @@ def history(workdir: epath.Path) -> dict[str, np.ndarray] | None:
 def trail(workdir: epath.Path) -> dict[str, np.ndarray] | None:
     """Returns centers and precisions of the heads at each checkpoint that is left, where they are Gaussians."""
     steps = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
-    found = [_gaussians(load_run(workdir, step)) for step in steps]
-    if len(steps) < 2 or None in found:
+    found = [numbers for step in steps if (numbers := _gaussians(load_run(workdir, step)))]
+    if len(steps) < 2 or len(found) < len(steps):
         return None
     return {"step": np.array(steps)} | {name: np.stack([each[name] for each in found]) for name in found[0]}
 
@@ -202,8 +202,8 @@ def _gaussians(run: Run) -> dict[str, np.ndarray] | None:
     if model.name == "resnet18":
         return None
     heads: dict[int, LayerHeads] = heads_of_layers(run.model, run.params, jnp.zeros((1, *model.image_shape)))
-    gaussians = {number: layer.encoding.gaussians() for number, layer in heads.items()}
-    if not gaussians or None in gaussians.values():
+    gaussians = {number: found for number, layer in heads.items() if (found := layer.encoding.gaussians())}
+    if not heads or len(gaussians) < len(heads):
         return None
     return stacked(
         {number: {"center": center, "precision": precision} for number, (center, precision) in gaussians.items()},

@@ -102,7 +102,7 @@ def maps_of(source: Source, queries: list[Query]) -> Drawn:
         average = source.average([first])
         number = max(len(seen.probabilities) for seen in average.values())
         yield "maps_average", maps.draw(average, None, maps.caption([first], number, False))
-    if isinstance(source, RunSource):
+    if isinstance(source, RunSource) and image is not None:
         for layer, (parts, query) in source.parts(image, first).items():
             if parts.content is not None:
                 yield f"maps_parts_layer_{layer}", maps.draw_parts(parts, query, layer)

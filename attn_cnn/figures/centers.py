@@ -123,4 +123,4 @@ def _heads(axes: Axes, centers: np.ndarray, covariances: np.ndarray, reach: floa
             minor, major = 2 * np.sqrt(-2 * np.log(1 - share) * np.maximum(values, 0))
             angle = np.degrees(np.arctan2(row, column))
             style = {"fill": False, "edgecolor": drawing.head_colour(head), "zorder": 3}
-            axes.add_patch(Ellipse(centers[head, ::-1], major, minor, angle=angle, **style, **line))
+            axes.add_patch(Ellipse(tuple(centers[head, ::-1]), major, minor, angle=angle, **style, **line))

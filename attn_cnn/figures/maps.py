@@ -1,6 +1,6 @@
 """Attention maps, layers below each other and heads side by side: the paper's Figures 5 and 6, and its appendix."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -42,7 +42,7 @@ def draw(layers: Mapping[int, Seen], image: Image | None, text: str) -> Figure:
     return figure
 
 
-def _name_heads(row: Sequence[Axes], heads: int) -> None:
+def _name_heads(row: Iterable[Axes], heads: int) -> None:
     for column, axes in enumerate(row):
         if axes.get_title():
             axes.set_title(f"head {column % (heads + 1)}\n{axes.get_title()}", fontsize=drawing.SMALL, pad=2)
@@ -51,7 +51,11 @@ def _name_heads(row: Sequence[Axes], heads: int) -> None:
 @drawing.styled
 def draw_parts(parts: Parts, query: Query, layer: int) -> Figure:
     """Draws the parts of one layer's scores apart and together, before and after softmax; heads side by side."""
-    rows = {"position": parts.position, "content": parts.content, "together": parts.total}
+    rows = {
+        "position": np.asarray(parts.position),
+        "content": np.asarray(parts.content),
+        "together": np.asarray(parts.total),
+    }
     heads = len(parts.total)
     figure, grid = drawing.panels(2 * len(rows), heads, *CELL)
     for pair, (name, scores) in enumerate(rows.items()):

@@ -60,7 +60,7 @@ class RunSource:
             )
         self.run, self._number = run, number
         self.needs_x = encoding_class(run.config.model.encoding).needs_x
-        self._grids = {number: layer.x.shape[1:3] for number, layer in self._layers.items()}
+        self._grids = {number: layer.grid for number, layer in self._layers.items()}
         self.grid = next(iter(self._grids.values()))
 
     @functools.cached_property

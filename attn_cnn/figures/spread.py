@@ -19,7 +19,7 @@ def draw(numbers: Numbers) -> Figure:
     for axes, (name, label) in zip(row, PANELS.items(), strict=True):
         _boxes(axes, {layer: of_layer[name] for layer, of_layer in numbers.items()})
         values = np.concatenate([of_layer[name] for of_layer in numbers.values()])
-        uniform = [_uniform(tuple(map(int, of_layer["grid"][0])))[name] for of_layer in numbers.values()]
+        uniform = [_uniform(*map(int, of_layer["grid"][0]))[name] for of_layer in numbers.values()]
         for place, value in enumerate(uniform):
             axes.hlines(value, place - 0.4, place + 0.4, color="0.3", linestyle=(0, (4, 2)), linewidth=1)
         axes.text(-0.4, uniform[0], "uniform", fontsize=drawing.SMALL, color="0.3", ha="left", va="bottom")
@@ -49,8 +49,8 @@ def _boxes(axes: Axes, layers: Mapping[int, np.ndarray]) -> None:
     axes.grid(False, axis="x")
 
 
-def _uniform(grid: tuple[int, int]) -> dict[str, float]:
-    """Returns nonlocality and entropy of a head that attends to all pixels alike."""
-    rows, columns = (np.subtract.outer(np.arange(side), np.arange(side)) for side in grid)
+def _uniform(height: int, width: int) -> dict[str, float]:
+    """Returns nonlocality and entropy of a head that attends to all pixels of a grid alike."""
+    rows, columns = (np.subtract.outer(np.arange(side), np.arange(side)) for side in (height, width))
     distances = np.hypot(rows[:, None, :, None], columns[None, :, None, :])
-    return {"nonlocality": float(distances.mean()), "entropy": float(np.log(grid[0] * grid[1]))}
+    return {"nonlocality": float(distances.mean()), "entropy": float(np.log(height * width))}

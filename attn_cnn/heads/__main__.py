@@ -115,7 +115,7 @@ def parse_heads(words: list[str]) -> dict[int, set[int]]:
     Raises:
       UserError: a word names none, or there are no words.
     """
-    chosen = {}
+    chosen: dict[int, set[int]] = {}
     for word in words:
         if not (found := re.fullmatch(r"(\d+):(\d+)", word.strip())):
             raise UserError(f"--heads has {word!r}, which is no layer:head, as in --heads=2:0,2:5.")

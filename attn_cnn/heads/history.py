@@ -65,7 +65,7 @@ class History:
         self._arrays = appended(self._arrays, new)
         try:
             content = io.BytesIO()
-            np.savez(content, **self._arrays)
+            np.savez(content, **self._arrays)  # type: ignore[arg-type]  # none is called allow_pickle
             temporary = self._path.with_name(f"{NAME}.writing")
             temporary.write_bytes(content.getvalue())
             temporary.replace(self._path)

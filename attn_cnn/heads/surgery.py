@@ -83,19 +83,19 @@ def _with_heads(model: ml_collections.ConfigDict, heads: int | tuple[int, ...]) 
 def check(config: ml_collections.ConfigDict) -> None:
     """Raises UserError if a config asks to prune, reset or freeze what its model or its start do not have."""
     model, treatment, freeze = config.model, config.degenerate_heads, config.freeze
-    encoding = encoding_class(model.encoding) if model.name == "attention" else None
+    encoding = encoding_class(model.encoding) if has_heads(model) else None
     if treatment != "keep":
         if not config.init_from:
             raise UserError(
                 f"config.degenerate_heads is {treatment}, but the run starts from no other; set config.init_from."
             )
-        if not has_heads(model) or encoding.degenerate is Encoding.degenerate:
+        if encoding is None or encoding.degenerate is Encoding.degenerate:
             raise UserError(
                 f"config.degenerate_heads is {treatment}, but no head of this model can be degenerate; set it to keep."
             )
     if freeze == "none":
         return
-    if not has_heads(model):
+    if encoding is None:
         raise UserError(f"config.freeze is {freeze}, but this model has no heads; set it to none.")
     if freeze == "values":
         return

@@ -13,6 +13,8 @@ from attn_cnn.attention import LayerHeads
 from attn_cnn.encodings import Encoding
 from attn_cnn.regions import Score
 
+Head = Score | Float[np.ndarray, "H W"]  # its score by shift, or its probabilities
+
 
 class View(NamedTuple):
     """One layer, seen from a query pixel.
@@ -25,7 +27,7 @@ class View(NamedTuple):
 
     grid: tuple[int, int]
     query: tuple[int, int]
-    heads: Sequence[Score | Float[np.ndarray, "H W"]]
+    heads: Sequence[Head]
 
 
 def middle(grid: tuple[int, int]) -> tuple[int, int]:
@@ -73,8 +75,9 @@ def of_layers(
     """
     views = {}
     for number, layer in layers.items():
-        heads = scores_of(layer.encoding) if layer.encoding.continuous else list(probabilities(number))
-        views[number] = View(layer.x.shape[1:3], queries[number], heads)
+        continuous = layer.encoding.continuous
+        heads: Sequence[Head] = scores_of(layer.encoding) if continuous else list(probabilities(number))
+        views[number] = View(layer.grid, queries[number], heads)
     return views
 
 
@@ -89,9 +92,10 @@ def of_numbers(numbers: Mapping[str, np.ndarray]) -> dict[int, View]:
         present = np.isfinite(grids[:, 0])
         if not present.any():
             continue
-        grid = tuple(map(int, grids[present][0]))
+        height, width = map(int, grids[present][0])
+        grid = height, width
         if "central" in numbers:
-            heads = [_middle_of(central, grid) for central in numbers["central"][number, present]]
+            heads: Sequence[Head] = [_middle_of(central, grid) for central in numbers["central"][number, present]]
         else:
             parameters = (numbers[name][number, present].astype(np.float64) for name in ("center", "precision"))
             heads = [gaussian(*of_head) for of_head in zip(*parameters, strict=True)]

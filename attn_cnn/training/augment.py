@@ -50,4 +50,5 @@ def normalize(
     images: UInt8[Array | np.ndarray, "batch height width channels"], mean: tuple[float, ...], std: tuple[float, ...]
 ) -> Float[Array, "batch height width channels"]:
     """Returns pixels scaled to [0, 1], then (pixel - mean) / std in each channel."""
-    return (images.astype(jnp.float32) / 255 - jnp.asarray(mean)) / jnp.asarray(std)
+    scaled = jnp.asarray(images.astype(jnp.float32) / 255)
+    return (scaled - jnp.asarray(mean)) / jnp.asarray(std)

@@ -72,7 +72,8 @@ class Checkpoints:
           UserError: this or the previous write fails.
         """
         if step == self.latest_step():
-            self._add_metrics(step, metrics)
+            if metrics is not None:
+                self._add_metrics(step, metrics)
             return
         tree = serialization.to_state_dict(state)
         crcs = {name: _crc(array) for name, array in _flat(tree).items()}
@@ -132,8 +133,8 @@ class Checkpoints:
         if step == "newest":
             return steps
         if step == "best":
-            measured = [s for s in steps if self.metrics(s)]
-            return [max(measured, key=lambda s: accuracy(self.metrics(s)))] if measured else steps[:1]
+            accuracies = {s: accuracy(metrics) for s in steps if (metrics := self.metrics(s))}
+            return [max(accuracies, key=lambda s: accuracies[s])] if accuracies else steps[:1]
         if step not in steps:
             raise UserError(f"{self.directory} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}.")
         return [step]

@@ -48,13 +48,15 @@ def initialize(coordinator_address: str | None, num_processes: int | None, proce
 
 
 def _join(given: tuple[str | None, int | None, int | None]) -> None:
+    address, processes, number = given
     alone = all(flag is None for flag in given)
-    if not alone and any(flag is None for flag in given):
-        raise UserError("several hosts need all of --coordinator_address, --num_processes and --process_id.")
-    if not alone and not 0 <= given[2] < given[1]:
-        raise UserError(f"--process_id is {given[2]}; of {given[1]} processes it must be from 0 to {given[1] - 1}.")
+    if not alone:
+        if address is None or processes is None or number is None:
+            raise UserError("several hosts need all of --coordinator_address, --num_processes and --process_id.")
+        if not 0 <= number < processes:
+            raise UserError(f"--process_id is {number}; of {processes} processes it must be from 0 to {processes - 1}.")
     try:
-        with warnings.catch_warnings(record=True) as told, _giving_up_with_a_message(given[0]):
+        with warnings.catch_warnings(record=True) as told, _giving_up_with_a_message(address):
             jax.distributed.initialize(
                 *given,
                 local_device_ids=slurm_devices(os.environ),

@@ -46,7 +46,7 @@ SPLITS = ("train", "test")
 
 FIELDS = {
     "name": schema.Field(
-        lambda v: type(v) is str and v and not v.isspace(),
+        lambda v: type(v) is str and v.strip() != "",
         "digits, the name of a data set of TensorFlow Datasets as cifar10, folder:PATH or npz:PATH",
     ),
     "dir": schema.text(),

@@ -67,10 +67,17 @@ class Dataset(NamedTuple):
     spec: Spec
 
 
-def described(names: tuple[str, ...], *arrays: np.ndarray) -> Dataset:
-    """Returns the data set of four arrays, in the order of `Dataset`, with what is known of it measured."""
-    mean, std = moments(arrays[0])
-    return Dataset(*arrays, Spec(arrays[0].shape[1:], mean, std, len(arrays[0]), names))
+def described(
+    names: tuple[str, ...],
+    train_images: UInt8[np.ndarray, "train height width channels"],
+    train_labels: Int[np.ndarray, "train"],
+    test_images: UInt8[np.ndarray, "test height width channels"],
+    test_labels: Int[np.ndarray, "test"],
+) -> Dataset:
+    """Returns the data set of four arrays, with what is known of it measured."""
+    mean, std = moments(train_images)
+    spec = Spec(train_images.shape[1:], mean, std, len(train_images), names)
+    return Dataset(train_images, train_labels, test_images, test_labels, spec)
 
 
 def moments(

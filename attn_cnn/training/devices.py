@@ -9,7 +9,7 @@ import logging
 import math
 import os
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
 import numpy as np
@@ -27,7 +27,20 @@ AXIS = "devices"
 PMAP = True  # False: jit and shard_map, which give the same bits
 
 
-def mapped(step: Callable[[Any, Any, Any], Any], donate: bool = False) -> Callable[[Any, Any, Any], Any]:
+@runtime_checkable
+class Step(Protocol):
+    """A step on all devices at once, which can also be compiled before it is called."""
+
+    def __call__(self, state: Any, same: Any, shares: Any) -> Any:
+        """Takes the state, what is the same on every device, and the devices' shares."""
+        ...
+
+    def lower(self, state: Any, same: Any, shares: Any) -> jax.stages.Lowered:
+        """Returns the step for such arguments, which may be abstract, ready to be compiled."""
+        ...
+
+
+def mapped(step: Callable[[Any, Any, Any], Any], donate: bool = False) -> Step:
     """Returns `step` on all devices at once; `donate` lets it overwrite the state that it is given.
 
     The state and what is the same are there once on each device; the shares have a leading axis of local devices.
@@ -38,9 +51,7 @@ def mapped(step: Callable[[Any, Any, Any], Any], donate: bool = False) -> Callab
     return sharded(step, Mesh(np.array(jax.devices()), (AXIS,)), donated)
 
 
-def sharded(
-    step: Callable[[Any, Any, Any], Any], mesh: Mesh, donated: tuple[int, ...] = ()
-) -> Callable[[Any, Any, Any], Any]:
+def sharded(step: Callable[[Any, Any, Any], Any], mesh: Mesh, donated: tuple[int, ...] = ()) -> Step:
     """Returns `step` on the devices of `mesh`, which may be of a machine that is not here, by jit and shard_map."""
     everywhere, shared = PartitionSpec(), PartitionSpec(AXIS)
     of_devices = jax.shard_map(
@@ -78,8 +89,8 @@ def shares(batch_size: int, pieces: int = 1) -> Int[Array, "devices pieces share
     pieces = math.ceil(batch_size / (jax.device_count() * share))
     places = np.full(jax.device_count() * pieces * share, -1, np.int32)
     places[:batch_size] = np.arange(batch_size)
-    places = places.reshape(jax.process_count(), jax.local_device_count(), pieces, share)
-    return distribute(places[jax.process_index()])
+    of_devices = places.reshape(jax.process_count(), jax.local_device_count(), pieces, share)
+    return distribute(of_devices[jax.process_index()])
 
 
 def on_every_host(work: Callable[[], Result]) -> Result:
@@ -89,10 +100,11 @@ def on_every_host(work: Callable[[], Result]) -> Result:
       Exception: whatever this host's `work` raised.
       UserError: other hosts failed; it names them.
     """
+    failure = None
     try:
-        result, failure = work(), None
+        result = work()
     except Exception as error:
-        result, failure = None, error
+        failure = error
     failed = everywhere(failure is not None)
     if failure is not None:
         raise failure

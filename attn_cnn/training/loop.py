@@ -8,6 +8,7 @@ from typing import NoReturn
 import jax
 import numpy as np
 import tqdm
+from jaxtyping import Array
 
 from attn_cnn import drawing
 from attn_cnn.errors import Stopped, UserError
@@ -44,12 +45,14 @@ class Loop:
     ):
         self.experiment, self.checkpoints, self.writer, self.heads = experiment, checkpoints, writer, heads
         self.interrupt, self.profiler, self.bar = interrupt, profiler, bar
-        self.images, self.labels, *test_set = devices.replicate(dataset[:4])
-        self.state, self.test, self.loss = devices.replicate(state), {}, None
+        self.images, self.labels, test_images, test_labels = devices.replicate(dataset[:4])
+        self.state: TrainState = devices.replicate(state)
+        self.test: dict[str, float] = {}
+        self.loss: Array | None = None
         self.places = devices.shares(experiment.config.batch_size, experiment.pieces)
         self.step = compile_train_step(experiment)
-        self.evaluation = create_evaluate(experiment, *test_set, interrupt)
-        self.measure = create_measure(experiment, test_set[0])
+        self.evaluation = create_evaluate(experiment, test_images, test_labels, interrupt)
+        self.measure = create_measure(experiment, test_images)
         self.vote, self.stopping = Vote(interrupt), False
         self.clock = Clock(experiment.config.batch_size / jax.device_count())
 
@@ -67,13 +70,13 @@ class Loop:
     def train(self, step: int) -> None:
         """Trains on the next batch, at most two steps being in flight."""
         inputs = Inputs(self.images, self.labels, devices.replicate(self.experiment.batch(step - 1)))
-        former = self.loss
-        self.state, self.loss = self.step(self.state, inputs, self.places)
+        self.state, loss = self.step(self.state, inputs, self.places)
+        former, self.loss = self.loss, loss
         self.stopping = self.vote.agreed()
         jax.block_until_ready(former)
-        profiled = self.profiler.step(self.loss, lambda: self._program(inputs))
+        profiled = self.profiler.step(loss, lambda: self._program(inputs))
         if former is None:
-            jax.block_until_ready(self.loss)
+            jax.block_until_ready(loss)
             log.info("Compiled; step %d is done.", step)
         if profiled:
             self.clock.pause()
@@ -82,7 +85,9 @@ class Loop:
 
     def _program(self, inputs: Inputs) -> str:
         """Returns the text of the compiled step, which JAX still has."""
-        return self.step.lower(self.state, inputs, self.places).compile().as_text()
+        text = self.step.lower(self.state, inputs, self.places).compile().as_text()
+        assert text is not None  # XLA has it
+        return text
 
     def report(self, step: int) -> None:
         """Writes the metrics since the last time."""

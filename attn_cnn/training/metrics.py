@@ -36,29 +36,31 @@ class Writer:
     """
 
     def __init__(self, directory: epath.Path, step: int, evaluated: bool):
-        self._writing = jax.process_index() == 0
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="metrics")
         self._painter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="images")
         self._pending: list[Future] = []
         self._images: list[Future] = []
-        self._writer = self._submit(lambda: _open(directory, step, evaluated))
+        writes = jax.process_index() == 0
+        self._writer: Future | None = self._thread.submit(_open, directory, step, evaluated) if writes else None
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Starts to write; a failure is raised by `flush`."""
-        self._submit(lambda: self._writer.result().write_scalars(step, scalars))
+        self._submit(lambda writer: writer.write_scalars(step, scalars))
 
     def write_image(self, step: int, tag: str, draw: Callable[[], UInt8[np.ndarray, "height width 3"]]) -> None:
         """Starts to draw an image on a thread of its own, and to write it; a failure is raised at the end.
 
         `flush` does not wait for it: a process that dies may leave its last image out, never one twice.
         """
+        opened = self._writer
+        if opened is None:
+            return
 
         def write():
             image = draw()[None]
-            self._thread.submit(lambda: self._writer.result().write_images(step, {tag: image})).result()
+            self._thread.submit(lambda: opened.result().write_images(step, {tag: image})).result()
 
-        if self._writing:
-            self._images.append(self._painter.submit(write))
+        self._images.append(self._painter.submit(write))
 
     def flush(self) -> None:
         """Returns when all scalars are on disk.
@@ -66,7 +68,7 @@ class Writer:
         Raises:
           UserError: it cannot be written.
         """
-        self._submit(lambda: self._writer.result().flush())
+        self._submit(lambda writer: writer.flush())
         pending, self._pending = self._pending, []
         try:
             for future in pending:
@@ -84,11 +86,11 @@ class Writer:
             self.flush()
         self._thread.shutdown()
 
-    def _submit(self, work: Callable) -> Future | None:
-        if not self._writing:
-            return None
-        self._pending.append(self._thread.submit(work))
-        return self._pending[-1]
+    def _submit(self, work: Callable[[Any], None]) -> None:
+        """Starts to do something with the open writer, where there is one."""
+        opened = self._writer
+        if opened is not None:
+            self._pending.append(self._thread.submit(lambda: work(opened.result())))
 
 
 class PlainWriter:

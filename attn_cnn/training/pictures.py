@@ -18,16 +18,16 @@ def decode(path: epath.Path, size: tuple[int, int] | None = None) -> PIL.Image.I
       UserError: the file is missing, no picture, or has more than 8 bits a channel.
     """
     try:
-        with path.open("rb") as file, PIL.Image.open(file) as picture:
-            if picture.mode[0] in "IF":
+        with path.open("rb") as file, PIL.Image.open(file) as opened:
+            if opened.mode[0] in "IF":
                 raise ValueError("it has more than 8 bits a channel")
-            picture = PIL.ImageOps.exif_transpose(picture)  # phones store the camera's turn beside the pixels
+            picture = PIL.ImageOps.exif_transpose(opened)  # phones store the camera's turn beside the pixels
             kind = "L" if picture.mode in ("1", "L", "LA", "La") else "RGB"
             if picture.has_transparency_data:
                 black = PIL.Image.new("RGBA", picture.size, "black")
                 picture = PIL.Image.alpha_composite(black, picture.convert("RGBA"))
             picture = picture.convert(kind)
-            return picture.resize(size[::-1], PIL.Image.BICUBIC) if size else picture
+            return picture.resize(size[::-1], PIL.Image.Resampling.BICUBIC) if size else picture
     except Exception as error:  # of the disk, or Pillow's, which has types for each kind of picture
         raise UserError(f"{path} is no picture that can be read: {first_line(error)}") from None
 
@@ -38,5 +38,6 @@ def read(path: epath.Path, shape: tuple[int, int, int]) -> UInt8[np.ndarray, "he
     Raises:
       UserError: the file is missing, no picture, or has more than 8 bits a channel.
     """
-    *size, channels = shape
-    return np.asarray(decode(path, tuple(size)).convert("L" if channels == 1 else "RGB")).reshape(shape)
+    height, width, channels = shape
+    picture = decode(path, (height, width)).convert("L" if channels == 1 else "RGB")
+    return np.asarray(picture).reshape(shape)

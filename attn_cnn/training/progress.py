@@ -22,8 +22,10 @@ class Clock:
 
     def __init__(self, images_per_step: float):
         self._images, self._line = images_per_step, time.perf_counter()
-        self._last, self._seconds, self._steps = None, 0.0, 0
-        self._first, self._all_steps = None, 0  # when the first step, which compiles, ended; and how many there were
+        self._last: float | None = None
+        self._seconds, self._steps = 0.0, 0
+        self._first: float | None = None  # when the first step, which compiles, ended
+        self._all_steps = 0
 
     def tick(self) -> None:
         """Notes that a step has ended."""
@@ -51,7 +53,7 @@ class Clock:
 
     def remaining(self, steps: int) -> str:
         """Returns how long `steps` more will take, everything but compiling included, as in "1:23:45 left"."""
-        if self._all_steps < 2:
+        if self._first is None or self._all_steps < 2:
             return "just resumed"
         seconds = (time.perf_counter() - self._first) / (self._all_steps - 1) * steps
         return f"{tqdm.tqdm.format_interval(seconds)} left"

@@ -16,7 +16,7 @@ from attn_cnn.training.dataset import Dataset, cache_key, cached, described
 log = logging.getLogger("attn_cnn")
 
 
-def digits() -> tuple[np.ndarray, ...]:
+def digits() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Returns the arrays of 1,797 images of 8x8, in a fixed stratified 80/20 split; 0..16 is scaled to 0..255."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -112,7 +112,9 @@ def _files(path: epath.Path, names: tuple[str, ...]) -> tuple[list[epath.Path], 
     """Returns the pictures in the classes' folders, and their labels."""
     if unknown := sorted(set(_subfolders(path)) - set(names)):
         raise UserError(f"{path} has classes that are not trained on: {', '.join(unknown)}.")
-    known, files, labels, others = PIL.Image.registered_extensions(), [], [], 0
+    files: list[epath.Path] = []
+    labels: list[int] = []
+    known, others = PIL.Image.registered_extensions(), 0
     for label, name in enumerate(names):
         visible = sorted(f for f in (path / name).glob("*") if not f.name.startswith("."))
         found = [f for f in visible if f.suffix.lower() in known]

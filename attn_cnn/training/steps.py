@@ -131,13 +131,14 @@ def training_loss(
     The penalty on condition numbers belongs to no image: each of the `parts` that the batch is in adds its share of it.
     """
     weight, batch_size = experiment.config.condition_penalty, experiment.config.batch_size
+    counted: dict[str, Any] = {"counts": counts} if batch_stats else {}
     logits, new = experiment.model.apply(
         {"params": params, "batch_stats": batch_stats},
         x,
         train=True,
         mutable=["batch_stats", "losses"] if weight else ["batch_stats"],
         rngs={"dropout": key},
-        **({"counts": counts} if batch_stats else {}),
+        **counted,
     )
     targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), experiment.config.label_smoothing)
     losses = optax.softmax_cross_entropy(logits, targets)
@@ -148,8 +149,8 @@ def training_loss(
     return loss, (accuracy, new.get("batch_stats", {}))
 
 
-def compile_train_step(experiment: Experiment) -> Callable[[TrainState, Inputs, Array], tuple[TrainState, Array]]:
-    """Returns the training step on all devices; it overwrites the state that it is given."""
+def compile_train_step(experiment: Experiment) -> devices.Step:
+    """Returns `train_step` on all devices; it overwrites the state that it is given."""
     return devices.mapped(functools.partial(train_step, experiment=experiment), donate=True)
 
 
@@ -162,7 +163,7 @@ def eval_step(
     valid = index < len(inputs.labels)
     index = jnp.where(valid, index, 0)
     x = augment.normalize(inputs.images[index], experiment.spec.mean, experiment.spec.std)
-    logits = experiment.model.apply(variables, x, train=False)
+    logits: Any = experiment.model.apply(variables, x, train=False)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, inputs.labels[index])
     correct = logits.argmax(-1) == inputs.labels[index]
     empty = jnp.zeros(experiment.config.eval_batch_size * jax.lax.axis_size(devices.AXIS))
@@ -173,8 +174,8 @@ def eval_step(
     return gather(losses), gather(correct)
 
 
-def compile_eval_step(experiment: Experiment) -> Callable[[dict, Inputs, Array], tuple[Array, Array]]:
-    """Returns the evaluation step on all devices."""
+def compile_eval_step(experiment: Experiment) -> devices.Step:
+    """Returns `eval_step` on all devices."""
     return devices.mapped(functools.partial(eval_step, experiment=experiment))
 
 

@@ -4,6 +4,7 @@ import logging
 import signal
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,9 +27,9 @@ class Interrupt:
     under nohup, stay so.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.signal: int = 0
-        self._former = {}
+        self._former: dict[signal.Signals, Any] = {}
 
     def __enter__(self):
         on_main_thread = threading.current_thread() is threading.main_thread()

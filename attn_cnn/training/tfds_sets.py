@@ -140,7 +140,8 @@ def _keys(name: str, info: Any) -> tuple[str, str]:
 
 
 def _decode(prepared: epath.Path, splits: tuple[str, str]) -> Dataset:
-    builder, parts = _tfds().builder_from_directory(os.fspath(prepared)), []
+    builder = _tfds().builder_from_directory(os.fspath(prepared))
+    parts: list[np.ndarray] = []
     keys = _keys(builder.info.full_name, builder.info)
     for split in splits:
         try:

@@ -41,7 +41,8 @@ class Profile:
 
     def __init__(self, directory: epath.Path | None):
         self._directory, self._steps, self._tracing = directory, 0, False
-        self._result, self._program = None, None
+        self._result: Array | None = None
+        self._program: Callable[[], str] | None = None
 
     def step(self, result: Array, program: Callable[[], str]) -> bool:
         """Notes that a step was dispatched; True if the trace began or ended with it.
@@ -70,6 +71,7 @@ class Profile:
         steps = self._steps - FIRST + 1
         log.info("A trace of %d steps is in %s.", steps, self._directory)
         if jax.process_index() == 0:
+            assert self._program is not None  # a trace begins with a step
             log.info("Where their time went:\n%s", summary(newest(self._directory), self._program(), steps))
 
     def __enter__(self):
@@ -165,14 +167,15 @@ def time_by_part(runs: Iterable[Run]) -> dict[str, float]:
 
     Where several operations run on a device at once they share the time; where none does it waits.
     """
-    by_device = collections.defaultdict(list)
+    by_device: dict[tuple[str, int], list[tuple[float, int, str]]] = collections.defaultdict(list)
     for run in runs:
         by_device[run.device] += [(run.start, 1, run.part), (run.end, -1, run.part)]
     times = dict.fromkeys(PARTS, 0.0)
     first = min(events[0] for events in map(min, by_device.values()))
     last = max(events[0] for events in map(max, by_device.values()))
     for events in by_device.values():
-        running, now = collections.Counter(), first
+        running: collections.Counter[str] = collections.Counter()
+        now = first
         for time, change, part in (*sorted(events), (last, 0, REST)):
             shares = running if running.total() else {WAITING: 1}
             for other, number in shares.items():
