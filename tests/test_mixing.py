@@ -138,7 +138,14 @@ def test_blocks_compute_the_formula_and_its_gradients(form, needs_x):
     assert_blocks_compute_the_formula(ByImage(A) if needs_x else Fixed(A), needs_x, Blocks(2, 1, 2))
 
 
-ANY_BLOCKS = [Blocks(1, 1, 1), Blocks(2, 2, BATCH), Blocks(4, 1, 3), Blocks(4, 2, 1), Blocks(4, 4, 2), Blocks(4, 4, 9, False)]
+ANY_BLOCKS = [
+    Blocks(1, 1, 1),
+    Blocks(2, 2, BATCH),
+    Blocks(4, 1, 3),
+    Blocks(4, 2, 1),
+    Blocks(4, 4, 2),
+    Blocks(4, 4, 9, False),
+]
 
 
 @pytest.mark.slow
