@@ -67,16 +67,11 @@ def styled(draw: Callable) -> Callable:
     return with_style
 
 
-def panels(
-    rows: int, columns: int, width: float, height: float, ratios: Sequence[float] | None = None
-) -> tuple[Figure, np.ndarray]:
-    """Returns a figure with a grid of axes, each `width` by `height` inches with what surrounds it.
-
-    With `ratios`, one a column, the columns are so many times as wide.
-    """
-    figure = Figure(figsize=(width * (columns if ratios is None else sum(ratios)), height * rows))
+def panels(rows: int, columns: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
+    """Returns a figure with a grid of axes, each `width` by `height` inches with what surrounds it."""
+    figure = Figure(figsize=(width * columns, height * rows))
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns, squeeze=False, width_ratios=ratios)
+    return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def note(figure: Figure, text: str) -> None:

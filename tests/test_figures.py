@@ -301,6 +301,16 @@ def test_an_image_is_written_as_it_was_drawn():
     assert content.size[0] / image.shape[1] == pytest.approx(1.5, abs=0.01)
 
 
+def test_a_head_that_looks_at_one_pixel_is_a_point_there_though_it_cannot_look_so_from_the_border():
+    """Numbers of an epoch and a layer of two heads on a 4x6 grid: one looks 1 up and 2 left, the other everywhere."""
+    scores = {"row_scores": np.zeros((1, 1, 2, 7)), "column_scores": np.zeros((1, 1, 2, 11))}
+    scores["row_scores"][0, 0, 0, 3 - 1] = scores["column_scores"][0, 0, 0, 5 - 2] = 100
+    grid = np.broadcast_to([4.0, 6.0], (1, 1, 2, 2))
+    means, covariances = centers.gaussians(scores | {"grid": grid})
+    np.testing.assert_allclose(means[0, 0], [[-1, -2], [-0.5, -0.5]], atol=1e-6)
+    np.testing.assert_allclose(covariances[0, 0], [np.zeros((2, 2)), np.diag([15 / 12, 35 / 12])], atol=1e-6)
+
+
 @pytest.mark.slow
 def test_heads_that_are_not_there_are_left_out_of_figures_of_training():
     """Numbers of 3 epochs, and of 3 layers with 4, 2 and no heads."""

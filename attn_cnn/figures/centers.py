@@ -1,4 +1,8 @@
-"""Centers and spreads of all heads over training (the paper's Figure 3), and the same as an animation."""
+"""Centers and spreads of all heads over training (the paper's Figure 3), and the same as an animation.
+
+Of heads that are no Gaussians it is those with mean and covariance of the attended shift: from the query in the middle
+of the grid where that is known, else over all queries, at the border too, from which a head cannot look where it would.
+"""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -28,10 +32,40 @@ def gaussians(
 
     Heads that are not there are NaN; where a precision has no inverse, the covariance is huge.
     """
-    if "center" not in numbers:
-        return numbers["mean_shift"], numbers["covariance"]
-    precision = numbers["precision"].astype(np.float64)
-    return numbers["center"], np.linalg.inv(precision + 1e-9 * np.eye(2))
+    if "center" in numbers:
+        precision = numbers["precision"].astype(np.float64)
+        return numbers["center"], np.linalg.inv(precision + 1e-9 * np.eye(2))
+    if "row_scores" in numbers:
+        return from_the_middle(numbers)
+    return numbers["mean_shift"], numbers["covariance"]
+
+
+def from_the_middle(
+    numbers: Numbers,
+) -> tuple[Float[np.ndarray, "epoch layer head 2"], Float[np.ndarray, "epoch layer head 2 2"]]:
+    """Returns mean and covariance of the shift that heads with row and column scores attend to, from the middle.
+
+    Probabilities are products of one over rows and one over columns, so that the two shifts do not covary.
+    """
+    axes = [_along(numbers[f"{name}_scores"], numbers["grid"][..., n]) for n, name in enumerate(("row", "column"))]
+    means, variances = (np.stack(moments, -1) for moments in zip(*axes, strict=True))
+    return means, variances[..., None] * np.eye(2)
+
+
+def _along(
+    scores: Float[np.ndarray, "epoch layer head shifts"], sides: Float[np.ndarray, "epoch layer head"]
+) -> tuple[Float[np.ndarray, "epoch layer head"], Float[np.ndarray, "epoch layer head"]]:
+    """Returns mean and variance of the shift along one axis, whose scores are given, from the middle of its side."""
+    means, variances = np.full(sides.shape, np.nan), np.full(sides.shape, np.nan)
+    for layer in np.flatnonzero(np.isfinite(sides).any((0, 2))):
+        side = int(np.nanmax(sides[:, layer]))
+        shifts = np.arange(side) - side // 2
+        scores_there = scores[:, layer][..., shifts + scores.shape[-1] // 2].astype(np.float64)
+        mass = np.exp(scores_there - scores_there.max(-1, keepdims=True))
+        mass /= mass.sum(-1, keepdims=True)
+        means[:, layer] = mass @ shifts
+        variances[:, layer] = mass @ shifts**2 - means[:, layer] ** 2
+    return means, variances
 
 
 @drawing.styled
@@ -50,7 +84,9 @@ def draw(numbers: Numbers) -> Figure:
         axes.set_title(f"epoch {int(numbers['epoch'][epoch])}")
     drawing.legend_of_heads(figure, range(centers.shape[2]))
     if "center" not in numbers:
-        figure.suptitle("the Gaussians with mean and covariance of the attended shift", fontsize=8, color="0.3")
+        whence = "from the middle of the grid" if "row_scores" in numbers else "over all queries, at the border too"
+        text = f"the Gaussians with mean and covariance of the attended shift, {whence}"
+        figure.suptitle(text, fontsize=8, color="0.3")
     return figure
 
 
@@ -117,6 +153,7 @@ def _heads(axes: Axes, centers: np.ndarray, covariances: np.ndarray, reach: floa
     drawing.mark_query(axes)
     there = np.isfinite(centers[:, 0]) & np.isfinite(covariances).all((1, 2))
     for head in np.flatnonzero(there).tolist():
+        axes.plot(*centers[head, ::-1], marker="o", markersize=2, color=drawing.head_colour(head), zorder=4)
         values, vectors = np.linalg.eigh(covariances[head])
         row, column = vectors[:, 1]
         for share, line in zip(SHARES, drawing.LINES, strict=True):

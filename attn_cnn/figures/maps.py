@@ -11,13 +11,12 @@ from attn_cnn import drawing
 from attn_cnn.encodings import Parts
 from attn_cnn.figures.sources import Image, Query, Seen
 
-CELL = (0.78, 0.95)  # inches of a panel; side by side they are narrower
-NARROW = (0.56, 0.75)
+CELL = (0.78, 0.95)  # inches of a panel
 
 
 @drawing.styled
 def draw(layers: Mapping[int, Seen], image: Image | None, text: str) -> Figure:
-    """Draws layers x heads, averaged over the images they are of; the query pixels are side by side in blocks.
+    """Draws layers x heads, averaged over the images they are of, for one query pixel below the other.
 
     Args:
       layers: what the heads of each layer see.
@@ -25,27 +24,28 @@ def draw(layers: Mapping[int, Seen], image: Image | None, text: str) -> Figure:
       text: what stands below all panels.
     """
     queries, heads = len(next(iter(layers.values())).queries), max(s.probabilities.shape[2] for s in layers.values())
-    widths = ([1] * heads + [0.35]) * queries
-    figure, grid = drawing.panels(len(layers), len(widths) - 1, *(CELL if queries == 1 else NARROW), ratios=widths[:-1])
-    for row, (number, seen) in zip(grid, layers.items(), strict=True):
-        for axes in row:
-            axes.set_axis_off()
+    figure, grid = drawing.panels(queries * len(layers), heads, *CELL)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    blocks = grid.reshape(queries, len(layers), heads)
+    for place, (number, seen) in enumerate(layers.items()):
         mean = seen.probabilities.mean(0, dtype=np.float64)
-        for block, query in enumerate(seen.queries):
-            for head, probabilities in enumerate(mean[block]):
-                axes = row[block * (heads + 1) + head]
+        for block, query, of_heads in zip(blocks, seen.queries, mean, strict=True):
+            for axes, probabilities in zip(block[place], of_heads, strict=False):
                 axes.set_axis_on()
                 drawing.attention_map(axes, probabilities, query, image)
-        row[0].set_ylabel(f"layer {number}")
-    _name_heads(grid[0], heads)
+            whence = f"from {query}\n" if queries > 1 and not place else ""
+            block[place][0].set_ylabel(f"{whence}layer {number}")
+    for block in blocks:
+        _name_heads(block[0])
     drawing.note(figure, text)
     return figure
 
 
-def _name_heads(row: Iterable[Axes], heads: int) -> None:
-    for column, axes in enumerate(row):
+def _name_heads(row: Iterable[Axes]) -> None:
+    for head, axes in enumerate(row):
         if axes.get_title():
-            axes.set_title(f"head {column % (heads + 1)}\n{axes.get_title()}", fontsize=drawing.SMALL, pad=2)
+            axes.set_title(f"head {head}\n{axes.get_title()}", fontsize=drawing.SMALL, pad=2)
 
 
 @drawing.styled
@@ -65,7 +65,7 @@ def draw_parts(parts: Parts, query: Query, layer: int) -> Figure:
             drawing.attention_map(grid[2 * pair + 1][head], probabilities[head], query)
         grid[2 * pair][0].set_ylabel(f"{name}\nscore", fontsize=8)
         grid[2 * pair + 1][0].set_ylabel(f"{name}\nsoftmax", fontsize=8)
-    _name_heads(grid[0], heads)
+    _name_heads(grid[0])
     drawing.note(
         figure,
         f"layer {layer}, query {query}; scores (purple: above their mean) and probabilities, each scaled by its "

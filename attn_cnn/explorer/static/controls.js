@@ -191,7 +191,11 @@ function listenToHead() {
   let key = null; // the pixel that the arrow keys read
   const name = () => `${state.layer}:${state.head}`;
   const center = () => gaussianOf(currentParameters(state.run, state.layer), state.head).center;
-  const move = (to) => ask({ centers: { ...state.centers, [name()]: to.map((value) => +value.toFixed(3)) } });
+  const move = (to) => {
+    const { grid, query } = canvas.map; // off the grid the center could not be dragged back
+    const center = to.map((value, axis) => +Math.min(Math.max(value, -0.5 - query[axis]), grid[axis] - 0.5 - query[axis]).toFixed(3));
+    ask({ centers: { ...state.centers, [name()]: center } });
+  };
   const under = (event) => {
     const { left, top, width, height } = canvas.getBoundingClientRect();
     const { grid, query } = canvas.map;

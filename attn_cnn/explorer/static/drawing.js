@@ -170,11 +170,13 @@ function contour(P, [height, width], threshold) {
   return lines;
 }
 
-/** Returns the ellipse at one standard deviation, as [x, y] in pixels of the grid around [0, 0]. */
+const HALF = Math.sqrt(2 * Math.log(2)); // within so many deviations lies half of a Gaussian of the plane
+
+/** Returns the ellipse that holds half of a Gaussian, as [x, y] in pixels of the grid around [0, 0]. */
 function ellipse([a, b, , d]) {
   const [half, off] = [(a + d) / 2, Math.hypot((a - d) / 2, b)];
   const angle = Math.atan2(2 * b, a - d) / 2;
-  const [long, short] = [Math.sqrt(Math.max(half + off, 0)), Math.sqrt(Math.max(half - off, 0))];
+  const [long, short] = [half + off, half - off].map((variance) => HALF * Math.sqrt(Math.max(variance, 0)));
   return Array.from({ length: 49 }, (_, n) => {
     const [u, v] = [long * Math.cos((n * Math.PI) / 24), short * Math.sin((n * Math.PI) / 24)];
     return [u * Math.sin(angle) + v * Math.cos(angle), u * Math.cos(angle) - v * Math.sin(angle)];

@@ -2,7 +2,7 @@
 /** What the page shows of the state: `show` draws all of it, `change` changes the state and draws before the next frame. */
 
 const $ = (id) => document.getElementById(id);
-const percent = (share) => `${(100 * share).toFixed(share > 0.995 || share < 0.0995 ? 1 : 0)}%`;
+const percent = (share) => (share >= 0.9995 ? "100%" : `${(100 * share).toFixed(share > 0.995 || share < 0.0995 ? 1 : 0)}%`);
 const signed = (value) => `${value < 0 ? "\u2212" : ""}${Math.abs(value).toFixed(2)}`;
 
 /** Returns a shift in words, as "1 left, 2 down". */
@@ -38,6 +38,7 @@ function change(changes) {
 
 function show() {
   const colors = palette();
+  $("pointer").textContent = ""; // what it said may no longer be so
   showChoices();
   showPicture(colors);
   showPrediction();
@@ -169,7 +170,9 @@ function showMaps(shown, colors) {
 function captionOf({ title, maps }) {
   const all = maps.flat();
   if (all.some((map) => map?.signed)) return `${title} (orange: more; blue: less)`;
-  if (all.some((map) => map.values === null)) return `${title}: its maps of this picture are not known here`;
+  if (all.some((map) => map?.past)) return `${title}: its maps at this epoch were not kept`;
+  if (!all.some(Boolean)) return `${title}: these heads cannot be compared`;
+  if (all.some((map) => map?.values === null)) return `${title}: its maps of this picture are not known here`;
   return compared() ? title : "A row for each layer; each head on its own scale";
 }
 
@@ -188,7 +191,7 @@ function showTraining() {
   if (!isPast(state.run)) return;
   if (history.mean_shift)
     $("training-note").textContent =
-      "These heads look where the image says: the maps are the checkpoint's. The outlines are those of this epoch, averaged over queries and images.";
+      "These heads look where the image says, and their maps at this epoch were not kept. Each ellipse and cross is of the shift that a head attended to, averaged over images and over all queries, those at the border too.";
   else if (hasContent(view())) $("training-note").textContent = "Maps of the positional part alone at this epoch.";
 }
 
@@ -211,7 +214,16 @@ function showHead(map, shown, colors) {
   canvas.setAttribute("aria-label", `${layers[state.layer].name}, head ${state.head}, enlarged`);
   const keys = canMove() ? " Drag the cross, or press Shift and an arrow key, to move the head's center." : "";
   $("large-help").textContent = `Point at a pixel, or press the arrow keys, to read it.${keys}`;
+  $("legend").textContent = legendOf(drawn);
   showFacts(map, parameters);
+}
+
+/** Returns what the lines over a large map are. */
+function legendOf({ P, outline }) {
+  const lines = [];
+  if (state.outlines && P) lines.push("Solid line: the fewest pixels with half of the probability; dashed: with nine tenths.");
+  if (outline) lines.push("Cross: the head's center, or mean shift; ellipse: half of a Gaussian with its spread.");
+  return lines.join(" ");
 }
 
 /** Returns whether the head is a Gaussian whose center can be moved now. */
@@ -219,6 +231,7 @@ const canMove = () => state.epoch < 0 && gaussianOf(view().layers[state.layer].p
 
 /** Returns the facts about a head of the first run: [name, text] each. */
 function factsOf(map, parameters, head) {
+  if (map.past) return [["Mean shift", inWords(map.outline.center)]];
   if (!map.P) return [["Map", "not known of this picture"]];
   const found = measures(map.whole);
   const gaussian = gaussianOf(parameters, head);
@@ -273,8 +286,13 @@ function showTheorem(colors) {
   $("shares").tBodies[0].replaceChildren(row("td", "Share of the energy", sides.map((side) => percent(windowShare(energy, query, grid, side)))));
   $("sharpness").value = state.sharpness;
   $("sharpness-output").textContent = sharpness < 10 ? sharpness.toFixed(2) : sharpness.toFixed(0);
-  $("distance").textContent = distanceToTaps(P, gram).toPrecision(3);
+  const distance = distanceToTaps(P, gram);
+  $("distance").textContent = 0 < distance && distance < 1e-6 ? "below 1e-6" : distance.toPrecision(3);
+  $("distance-line").hidden = isMean(layer); // a mean of sharp maps is no single tap
 }
+
+/** Returns whether what is shown of a layer is a mean over images that it sees differently. */
+const isMean = (layer) => state.image === "average" && Boolean(layer.features || layer.parameters.maps?.shape[0] > 1);
 
 /** Draws the size of a layer's kernel by shift, over its `heads` that are on, and says in words what it is. */
 function showKernel(layer, energy, heads, colors) {
@@ -291,7 +309,9 @@ function showKernel(layer, energy, heads, colors) {
   const which = heads < headsOf(layer.parameters) ? " that are on" : "";
   $("theorem-text").textContent =
     `At this query the layer is a convolution with the kernel \u03a3 A[shift] W over its ${heads} heads${which}. ` +
-    (content
+    (isMean(layer)
+      ? "Its heads look where the image says: this is the mean of the images' kernels."
+      : content
       ? "Its heads look where the image says, so the kernel is another at each pixel."
       : "Away from the border the kernel is the same at each pixel.") +
     (isPast(state.run) ? " This is the checkpoint's." : "");
@@ -304,7 +324,8 @@ function showForReaders() {
   const describe = (n, head, parameters) => factsOf(headMap(state.run, n, head, { parameters }), parameters, head);
   const chosen = Object.fromEntries(describe(state.layer, state.head, currentParameters(state.run, state.layer)));
   const center = chosen.Center ? `center ${chosen.Center}` : `mean shift ${chosen["Mean shift"]}`;
-  const words = chosen.Map ? `map ${chosen.Map}` : `${center}; ${chosen["Within 3\u00d73"]} within 3x3`;
+  const within = chosen["Within 3\u00d73"];
+  const words = chosen.Map ? `map ${chosen.Map}` : within ? `${center}; ${within} within 3x3` : center;
   $("sentence").textContent = `${layers[state.layer].name}, head ${state.head}: ${words}.`;
   const rows = layers.flatMap((layer, n) => {
     const parameters = currentParameters(state.run, n);

@@ -233,11 +233,13 @@ function averaged(of, run, n, head, parameters, options) {
 /**
  * Returns one head's map at the query: `values`, what is to be drawn; `grid`; `query`; `outline`; `off`; `P`, its
  * probabilities; and `whole`, {P, grid, query} with the padding. Where it is not known what the layer sees, `values` and
- * `P` are null.
+ * `P` are null; where that is because the epoch is `past`, there is an outline all the same.
  */
 function headMap(run, n, head, { parameters = currentParameters(run, n), kind = state.values } = {}) {
   const layer = views[run].layers[n];
   const map = { grid: layer.grid, query: queryOn(layer), off: isOff(run, n, head), values: null, P: null };
+  const past = pastOutline(run, n, head);
+  if (past) return { ...map, past: true, outline: past };
   const options = { part: state.part };
   const P = averaged(probabilities, run, n, head, parameters, options);
   if (!P) return map;
@@ -245,7 +247,7 @@ function headMap(run, n, head, { parameters = currentParameters(run, n), kind = 
   const crop = (values) => cropped(values, map.whole.grid, layer.padding);
   map.P = crop(P);
   map.values = kind === "scores" ? crop(averaged(scores, run, n, head, parameters, options)) : map.P;
-  if (state.outlines) map.outline = pastOutline(run, n, head) || outlineOf(parameters, head, map);
+  if (state.outlines) map.outline = outlineOf(parameters, head, map);
   return map;
 }
 
