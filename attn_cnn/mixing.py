@@ -11,7 +11,7 @@ import functools
 import math
 import operator
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -104,18 +104,19 @@ class Weighted(struct.PyTreeNode):
     @jax.named_scope("mixing")
     def mix(self, x: Float[Array, "H W features"]) -> Float[Array, "heads H W features"]:
         """Mixes with each part in its own form and adds the results, in the type of x."""
-        return self._sum([part.mix(x) for part in self.parts], x.dtype)
+        return weighted_sum(self.weights, [part.mix(x) for part in self.parts])
 
     def whole(self) -> Whole:
         """Adds the parts."""
-        return Whole(self._sum([part.whole().values for part in self.parts], self.weights[0].dtype))
+        return Whole(weighted_sum(self.weights, [part.whole().values for part in self.parts]))
 
-    def _sum(self, values: list[Array], dtype: Any) -> Array:
-        weighted = (
-            weights.astype(dtype).reshape(-1, *[1] * (part.ndim - 1)) * part
-            for weights, part in zip(self.weights, values, strict=True)
-        )
-        return functools.reduce(operator.add, weighted)
+
+def weighted_sum(weights: Sequence[Array], parts: Sequence[Array]) -> Array:
+    """Returns the sum of arrays (heads, *shape), each multiplied by one weight a head, in the type of the arrays."""
+    weighted = (
+        w.astype(part.dtype).reshape(-1, *[1] * (part.ndim - 1)) * part for w, part in zip(weights, parts, strict=True)
+    )
+    return functools.reduce(operator.add, weighted)
 
 
 Probabilities = Whole | Factors | Weighted

@@ -93,10 +93,9 @@ def attention_of(source: Source, queries: list[Query]) -> Drawn:
 def maps_of(source: Source, queries: list[Query]) -> Drawn:
     """Yields maps of the image, of the average, from all query pixels, and the parts of content scores."""
     which, (first, *_) = FLAGS.image, queries
-    image = source.image(which)
     # Heads of a run that see no content would seem to look at what lies underneath; it lies there if it is asked for.
-    if isinstance(source, RunSource) and not source.needs_x and not FLAGS["image"].present:
-        image = None
+    shown = source.needs_x or FLAGS["image"].present or isinstance(source, FileSource)
+    image = source.image(which) if shown else None
     for name, some in (("maps", [first]), ("maps_queries", queries)):
         if name == "maps" or len(queries) > 1:
             text = maps.caption(some, 1, image is not None)

@@ -93,7 +93,8 @@ def draw(numbers: Numbers) -> Figure:
 def animate(numbers: Numbers) -> bytes:
     """Returns the content of a WebP file: layers side by side, frame by frame the epochs."""
     epochs = _evenly(len(numbers["epoch"]), FRAMES)
-    frames = [PIL.Image.fromarray(drawing.pixels(_frame(numbers, epoch), dpi=90)) for epoch in epochs]
+    heads = gaussians(numbers)
+    frames = [PIL.Image.fromarray(drawing.pixels(_frame(numbers, epoch, *heads), dpi=90)) for epoch in epochs]
     content = io.BytesIO()
     frames[0].save(
         content,
@@ -108,8 +109,7 @@ def animate(numbers: Numbers) -> bytes:
 
 
 @drawing.styled
-def _frame(numbers: Numbers, epoch: int) -> Figure:
-    centers, covariances = gaussians(numbers)
+def _frame(numbers: Numbers, epoch: int, centers: np.ndarray, covariances: np.ndarray) -> Figure:
     layers = _with_heads(centers)
     figure, grid = drawing.panels(*drawing.rows_and_columns(len(layers)), 2.3, 2.45)
     for axes in grid.flat[len(layers) :]:

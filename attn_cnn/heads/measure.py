@@ -8,8 +8,7 @@ which is the outer product of two short vectors where the probabilities are `Fac
 """
 
 import functools
-import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -21,7 +20,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from attn_cnn.attention import LayerHeads, heads_of_layers
 from attn_cnn.encodings import Encoding
-from attn_cnn.mixing import Factors, Probabilities, Weighted, Whole
+from attn_cnn.mixing import Factors, Probabilities, Weighted, Whole, weighted_sum
 
 IMAGES = 64  # of the test set, over which heads that see content are measured
 
@@ -69,7 +68,7 @@ def by_shift(A: Probabilities) -> Float[Array, "heads shifts_of_rows shifts_of_c
     """Returns the mean over queries of the probability of each shift; of shifts out of the grid it is 0."""
     einsum = functools.partial(jnp.einsum, precision="highest")
     if isinstance(A, Weighted):
-        return _weighted_sum(A.weights, [by_shift(part) for part in A.parts])
+        return weighted_sum(A.weights, [by_shift(part) for part in A.parts])
     if isinstance(A, Whole):
         _, height, width, _, _ = A.values.shape
         return einsum("hijkl,ikr,jlc->hrc", A.values, _shift_of(height), _shift_of(width)) / (height * width)
@@ -87,18 +86,13 @@ def by_shift(A: Probabilities) -> Float[Array, "heads shifts_of_rows shifts_of_c
 def of_query(A: Probabilities, row: int, column: int) -> Float[Array, "heads H W"]:
     """Returns the probabilities of one query pixel."""
     if isinstance(A, Weighted):
-        return _weighted_sum(A.weights, [of_query(part, row, column) for part in A.parts])
+        return weighted_sum(A.weights, [of_query(part, row, column) for part in A.parts])
     if isinstance(A, Whole):
         return A.values[:, row, column]
     # An axis of size 1 stands for all queries.
     rows = A.row[:, row, column % A.row.shape[2]]
     columns = A.column[:, row % A.column.shape[1], column]
     return rows[:, :, None] * columns[:, None]
-
-
-def _weighted_sum(weights: Sequence[Array], parts: Sequence[Array]) -> Array:
-    """Returns the sum of images (heads, *, *), each multiplied by one weight a head."""
-    return functools.reduce(operator.add, (w[:, None, None] * part for w, part in zip(weights, parts, strict=True)))
 
 
 def _shift_of(side: int) -> Float[Array, "{side} {side} 2*{side}-1"]:

@@ -20,6 +20,8 @@ from jaxtyping import Array
 log = logging.getLogger("attn_cnn")
 
 FIRST, LAST = 3, 12  # steps after the start, when everything is compiled
+# Whether programs from JAX's cache have the scopes of this code; without it, maybe of that which cached them.
+CACHED_BY_SCOPES = "jax_compilation_cache_include_metadata_in_key"
 
 # Each operation belongs to the first part whose pattern its scopes match; products of matrices come after these.
 SCOPES = {
@@ -75,18 +77,15 @@ class Profile:
             log.info("Where their time went:\n%s", summary(newest(self._directory), self._program(), steps))
 
     def __enter__(self):
-        self._cached_by_scopes(self._directory is not None)
+        self._cached_by_scopes = getattr(jax.config, CACHED_BY_SCOPES)
+        if self._directory is not None:
+            jax.config.update(CACHED_BY_SCOPES, True)
         return self
 
     def __exit__(self, *_):
         if self._tracing:  # the run ended, or was stopped, before the last of the steps
             self._stop()
-        self._cached_by_scopes(False)
-
-    @staticmethod
-    def _cached_by_scopes(value: bool) -> None:
-        """Sets whether programs from JAX's cache must have the scopes of this code, not of that which cached them."""
-        jax.config.update("jax_compilation_cache_include_metadata_in_key", value)
+        jax.config.update(CACHED_BY_SCOPES, self._cached_by_scopes)
 
 
 class Run(NamedTuple):
