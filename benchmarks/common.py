@@ -100,8 +100,8 @@ def in_one_block(experiment: Experiment) -> Experiment:
 def random_images(experiment: Experiment) -> tuple[UInt8[np.ndarray, "examples H W 3"], Int[np.ndarray, "examples"]]:
     """Returns random images and labels in place of the data set."""
     rng, spec = np.random.default_rng(0), experiment.spec
-    images = rng.integers(0, 256, (EXAMPLES, *spec.image_shape), np.uint8)
-    return images, rng.integers(0, spec.classes, EXAMPLES, np.int32)
+    images = rng.integers(0, 256, (spec.train_size, *spec.image_shape), np.uint8)
+    return images, rng.integers(0, spec.classes, spec.train_size, np.int32)
 
 
 def training_side(experiment: Experiment, counted: Experiment | None = None) -> Side:
