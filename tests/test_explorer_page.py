@@ -587,9 +587,10 @@ def test_the_view_is_saved_as_pictures_and_its_numbers_as_csv(two):
     two.select_option("#other", "1")
     settle(two)
     picture = PIL.Image.open(io.BytesIO(save(two, "save-png")))
-    assert picture.size[0] == 960 and len(set(picture.convert("RGB").tobytes())) > 50
+    assert picture.size[0] == 2 * 960 and len(set(picture.convert("RGB").tobytes())) > 50
     svg = save(two, "save-svg").decode()
     assert svg.startswith("<svg") and svg.count("<clipPath") == 18 and "&#60;b&#62;gated &#38; co" in svg
+    assert "image 0; query at row 2, column 2, counted from 0; probabilities; Epoch 2 of 2" in svg
     rows = list(csv.DictReader(io.StringIO(save(two, "save-csv").decode())))
     assert len(rows) == 2 * 9 * 16 and {row["run"] for row in rows} == {"quadratic", "<b>gated & co"}
     assert [rows[0][name] for name in ("image", "layer", "head")] == ["0", "Layer 0", "0"]

@@ -4,9 +4,8 @@
  * writes SVG, so that what is saved is what is seen.
  */
 
-/** Returns a pen that draws on a canvas of the given size in CSS pixels. */
-function canvasPen(canvas, width, height) {
-  const scale = window.devicePixelRatio || 1;
+/** Returns a pen that draws on a canvas of the given size in CSS pixels, with `scale` pixels of its own for each. */
+function canvasPen(canvas, width, height, scale = window.devicePixelRatio || 1) {
   const context = canvas.getContext("2d");
   const [w, h] = [Math.round(width * scale), Math.round(height * scale)];
   if (canvas.width !== w || canvas.height !== h) [canvas.width, canvas.height] = [w, h];

@@ -35,7 +35,16 @@ function figure() {
     top = tiles.height + 12;
     return { ...shown, tiles };
   });
-  return { parts, height: top };
+  return { parts, height: top + 24 };
+}
+
+/** Returns what a figure shows, in words: the image, the query pixel, which numbers, and when. */
+function figureCaption() {
+  const image = { average: "average of the images", own: "own picture" }[state.image] ?? `image ${state.image}`;
+  const query = `query at row ${state.query[0]}, column ${state.query[1]}, counted from 0`;
+  const values = state.part === "total" ? state.values : `${state.values} by ${state.part}`;
+  const when = $("training").hidden ? [] : [$("epoch-output").textContent];
+  return [view().images ? image : [], query, values, when].flat().join("; ");
 }
 
 function drawFigure(pen, { parts, height }) {
@@ -45,6 +54,7 @@ function drawFigure(pen, { parts, height }) {
     pen.text(title, 22, tiles.top - 30, colors.text, 14, "start", 600);
     drawMaps(pen, maps, tiles, colors, ground(run, colors), views[run].layers.map(rowName));
   }
+  pen.text(figureCaption(), 22, height - 12, colors.quiet, 12, "start");
 }
 
 /** Returns the view as SVG. */
@@ -55,11 +65,11 @@ function asSvg() {
   return pen.end();
 }
 
-/** Returns the view as a PNG. */
+/** Returns the view as a PNG, two pixels for each of the page's so that it prints well. */
 function asPng() {
   const drawn = figure();
   const canvas = document.createElement("canvas");
-  drawFigure(canvasPen(canvas, FIGURE_WIDTH, drawn.height), drawn);
+  drawFigure(canvasPen(canvas, FIGURE_WIDTH, drawn.height, 2), drawn);
   return new Promise((done) => canvas.toBlob(done, "image/png"));
 }
 
