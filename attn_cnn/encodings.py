@@ -665,7 +665,7 @@ class LearnedContent(PositionAndContent, QueryEncoding, name="learned_content"):
 
 
 class LearnedContentPosition(PositionAndContent, LearnedEncoding, name="learned_content_position"):
-    """Scores of `Learned` plus those of content (the paper's "learned + content")."""
+    """Scores of `Learned` plus those of content, whose query the positions do not see."""
 
     position: Learned
     content: Content

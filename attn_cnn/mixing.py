@@ -153,10 +153,11 @@ UNBOUNDED = Device("any", sys.maxsize)  # everything goes in one block: of a loo
 # On a CPU 4 MB of float32 stay in its caches: up to 1.3 times as fast as whole batches at a 16x16 grid
 # (benchmarks/RESULTS.md).
 CPU_BLOCK = 2**20
-# Small grids are mixed by one head after another, for as many images as fill a block (docs/recipe.md).
+# Small grids are mixed by one head after another, for as many images as fill a block (benchmarks/RESULTS.md).
 CPU_SMALL_GRID = 2**15
 # Accelerators want large products; what one block holds, in float32, takes at most a sixteenth of the memory, and what
-# the backward pass finds there, of the whole layer, a quarter of that. A CPU mixes again instead (docs/recipe.md).
+# the backward pass finds there, of the whole layer, a quarter of that. A CPU mixes again instead
+# (benchmarks/RESULTS.md).
 BYTES_PER_BLOCK_VALUE = 64
 ACCELERATORS = ("gpu", "tpu")
 UNKNOWN_MEMORY = 2**33
