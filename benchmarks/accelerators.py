@@ -22,8 +22,9 @@ from typing import Any, NamedTuple
 # Where nothing is to run, neither the cloud's metadata nor the GPU's driver is asked for.
 os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1")
 # There is no GPU to try kernels on, and the Triton products that XLA then picks blindly do not all compile.
-GPU_FLAGS = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {GPU_FLAGS}"
+os.environ["XLA_FLAGS"] = " ".join(
+    (os.environ.get("XLA_FLAGS", ""), "--xla_gpu_autotune_level=0", "--xla_gpu_enable_triton_gemm=false")
+)
 
 import jax
 import jax.numpy as jnp
