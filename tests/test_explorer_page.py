@@ -162,6 +162,7 @@ def test_a_touch_chooses_on_a_phone_where_nothing_is_wider_than_the_screen(chrom
         opened.touchscreen.tap(*cell(opened, "large", 3, 1))
         settle(opened)
         assert opened.inner_text("#pointer").startswith("1 right: probability ")
+        opened.click("#table-title")
         assert opened.evaluate("document.documentElement.scrollWidth") <= browser.PHONE["width"]
 
 
@@ -359,8 +360,31 @@ def test_of_heads_whose_past_maps_were_not_kept_the_past_shows_no_maps_but_the_m
         settle(opened)
         assert opened.inner_text("#maps-caption").endswith("its maps at this epoch were not kept")
         assert opened.evaluate("$('large').map.values === null && $('large').map.outline.center[0] === 1.5")
-        assert opened.inner_text("#facts").split("\n") == ["Mean shift", "1.5 right, 1.5 down"]
+        assert opened.inner_text("#facts").split("\n") == ["Mean shift, all queries", "1.5 right, 1.5 down"]
         assert "Solid line" not in opened.inner_text("#legend") and "ellipse" in opened.inner_text("#legend")
+        assert opened.is_disabled("#values input >> nth=1") and opened.is_disabled("#save-csv")
+        svg = save(opened, "save-svg").decode()
+        assert "mean and spread of each head's shift over images and all queries; Epoch 1 of 2" in svg
+
+
+def test_their_last_epoch_and_their_maps_now_are_two_places(chromium, content_page):
+    with browser.opened(chromium, content_page) as opened:
+        assert opened.inner_text("#epoch-output").startswith("Checkpoint")
+        opened.locator("#epoch").fill("1")
+        settle(opened)
+        assert opened.inner_text("#epoch-output") == "Epoch 2 of 2"
+        assert opened.inner_text("#facts").startswith("Mean shift, all queries")
+        opened.locator("#epoch").fill("2")
+        settle(opened)
+        assert opened.inner_text("#facts").startswith("Mean shift\n") and opened.is_enabled("#save-csv")
+
+
+def test_heads_that_see_the_image_are_called_no_convolution(chromium, content_page):
+    with browser.opened(chromium, content_page) as opened:
+        assert opened.inner_text("#theorem-text").endswith("and the layer is no convolution.")
+        opened.evaluate("change({ image: 'average', off: ['0:1'] })")
+        settle(opened)
+        assert opened.inner_text("#prediction-note").endswith("Layers see here what they saw before you changed heads.")
 
 
 def test_the_mean_over_images_is_not_measured_against_single_taps(chromium, content_page):
@@ -368,9 +392,7 @@ def test_the_mean_over_images_is_not_measured_against_single_taps(chromium, cont
         assert opened.is_visible("#distance-line") and "Solid line" in opened.inner_text("#legend")
         opened.evaluate("change({ image: 'average' })")
         settle(opened)
-        assert opened.is_hidden("#distance-line") and "the mean of the images' kernels" in opened.inner_text(
-            "#theorem-text"
-        )
+        assert opened.is_hidden("#distance-line") and "in the mean" in opened.inner_text("#theorem-text")
 
 
 def test_a_center_is_dragged_no_further_than_the_grid(one):
@@ -414,7 +436,7 @@ def test_sharper_heads_become_the_taps_of_a_convolution(one):
         settle(one)
         distances.append(float(one.inner_text("#distance")))
     assert distances[0] > distances[1] > distances[2] and distances[2] < 0.1 * distances[0]
-    assert one.inner_text("#shares tbody").count("%") == 4
+    assert one.inner_text("#shares tbody").count("%") == 2 * 4
 
 
 def test_the_convolution_is_the_checkpoints_in_all_parts_without_heads_that_are_off(two):
@@ -572,6 +594,17 @@ def test_a_drawing_is_predicted_while_it_is_drawn(one):
     settle(one)
     assert one.evaluate("Array.from(prediction())") != before
     one.mouse.up()
+    one.locator("[name=image][value='0']").click()
+    one.mouse.click(*cell(one, "picture", 3, 3))
+    settle(one)
+    assert state(one)["image"] == 0 and one.get_attribute("#draw", "aria-pressed") == "false"
+
+
+def test_a_query_in_the_address_stays_where_it_is_when_the_pointer_comes(chromium, addresses):
+    with browser.opened(chromium, f"{addresses['one']}#query=[3,0]") as opened:
+        opened.mouse.move(*cell(opened, "picture", 1, 2))
+        settle(opened)
+        assert state(opened)["query"] == [3, 0] and opened.inner_text("#picture-help").startswith("Pinned")
 
 
 # Saving
@@ -590,7 +623,10 @@ def test_the_view_is_saved_as_pictures_and_its_numbers_as_csv(two):
     assert picture.size[0] == 2 * 960 and len(set(picture.convert("RGB").tobytes())) > 50
     svg = save(two, "save-svg").decode()
     assert svg.startswith("<svg") and svg.count("<clipPath") == 18 and "&#60;b&#62;gated &#38; co" in svg
-    assert "image 0; query at row 2, column 2, counted from 0; probabilities; Epoch 2 of 2" in svg
+    assert (
+        "image 0; query at row 2, column 2, counted from 0; probabilities, each head on its own scale; Epoch 2 of 2"
+        in svg
+    )
     rows = list(csv.DictReader(io.StringIO(save(two, "save-csv").decode())))
     assert len(rows) == 2 * 9 * 16 and {row["run"] for row in rows} == {"quadratic", "<b>gated & co"}
     assert [rows[0][name] for name in ("image", "layer", "head")] == ["0", "Layer 0", "0"]

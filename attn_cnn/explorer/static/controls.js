@@ -6,6 +6,13 @@ let stroke = [0, 0]; // where the last one was
 let pinned = false; // whether hovering leaves the query where it is
 let ticking = 0; // the timer that plays the training
 
+/** Takes the state from the page's address; a query that stands there is pinned. */
+function readAddress() {
+  const text = location.hash.slice(1);
+  readState(text);
+  pinned = new URLSearchParams(text).has("query");
+}
+
 /** Builds a group of choices, of which one is checked. */
 function choices(id, options, chosen) {
   $(id).replaceChildren(
@@ -20,6 +27,8 @@ function choices(id, options, chosen) {
 function addImage(value, caption, wrong = false) {
   const input = element("input", { type: "radio", name: "image", value });
   input.addEventListener("change", () => {
+    if (value !== "own") stopDrawing();
+    notice("");
     ask({ image: /^\d+$/.test(value) ? Number(value) : value });
   });
   const { images } = view();
@@ -63,13 +72,13 @@ function buildImages() {
   }
   live.own = null;
   stopDrawing();
+  $("images-hint").textContent = shipped ? "Below each, what the trained network says; \u2717 where it is wrong." : "";
   $("own").hidden = $("own-hint").hidden = !networks[state.run];
   $("images-section").hidden = count < 2 && !networks[state.run];
   for (const id of ["heads-section", "head-section", "theorem-section", "saving", "details"]) $(id).hidden = !layers.length;
   document.querySelector("main").className = layers.length ? "" : "headless";
   $("title").textContent = layers.length ? "Where each head looks" : "What the network says";
   $("picture-title").textContent = layers.length ? "Query pixel" : "Picture";
-  $("picture-help").hidden = !layers.length;
 }
 
 /** Returns the pixel of a grid at shares of its height and width. */
@@ -151,7 +160,8 @@ function startDrawing() {
   drawing = true;
   $("draw").setAttribute("aria-pressed", true);
   $("picture").classList.add("drawing");
-  $("own-hint").textContent = "Draw in the picture above.";
+  $("own-hint").textContent = "Draw on the picture.";
+  notice("");
   showOwn(new Uint8Array(view().images.shape.slice(1).reduce((a, b) => a * b)));
 }
 
@@ -307,7 +317,7 @@ function listenToRest() {
   });
   window.addEventListener("hashchange", () => {
     stopPlaying();
-    readState(location.hash.slice(1));
+    readAddress();
     buildImages();
     recompute();
   });
@@ -318,7 +328,7 @@ function listenToRest() {
 async function start() {
   views = await readDocument("view");
   networks = views.map(() => undefined); // not read yet
-  readState(location.hash.slice(1));
+  readAddress();
   $("copy").hidden = !hasAddress;
   $("run").replaceChildren(...views.map(({ name }, n) => new Option(name, n)));
   $("other").replaceChildren(new Option("none", -1), ...views.map(({ name }, n) => new Option(name, n)));

@@ -142,15 +142,21 @@ function backdrop(picture, [height, width, channels], { ground, dark }) {
   return own;
 }
 
-/** Returns a canvas with a map: from clear to the accent, or of signed values between two colours. */
-function heat(values, [height, width], { more, less }, signed = false) {
+/** Returns the least number that is not minus infinity, and the greatest. */
+function extremes(values) {
   let [low, high] = [Infinity, -Infinity];
   for (const value of values) {
     if (value < low && value > -Infinity) low = value;
     if (value > high) high = value;
   }
-  if (signed) high = Math.max(high, -low) || 1;
-  const range = signed ? high : high - low || 1;
+  return [low, high];
+}
+
+/** Returns a canvas with a map: from clear at 0, of scores at the least, to the accent; or signed, between two colours. */
+function heat({ values, grid: [height, width], scores, signed }, { more, less }) {
+  const [least, greatest] = extremes(values);
+  const low = scores ? least : 0;
+  const range = (signed ? Math.max(greatest, -least) : greatest - low) || 1;
   return pixels(height, width, (n) => {
     if (signed) return [...(values[n] > 0 ? more : less), 0.92 * Math.min(1, Math.abs(values[n]) / range)];
     return [...more, 0.92 * Math.max(0, (values[n] - low) / range)];
@@ -186,7 +192,7 @@ function ellipse([a, b, , d]) {
  * Draws the map of one head in a rectangle.
  *
  * `map` has `values`, `grid` and `query`; of heads with outlines `outline`, {center, covariance}; for contours
- * `P`; `signed` where it is a difference.
+ * `P`; `scores` where these are the values, and `signed` where it is a difference.
  */
 function drawMap(pen, map, x, y, width, height, colors, ground, { contours = false, thickness = 1.25 } = {}) {
   const [rows, columns] = map.grid;
@@ -196,7 +202,7 @@ function drawMap(pen, map, x, y, width, height, colors, ground, { contours = fal
     if (ground) pen.picture(ground, x, y, width, height);
     else pen.rectangle(x, y, width, height, colors.empty);
     if (map.off) return pen.lines([[[x, y], [x + width, y + height]]], colors.quiet, thickness);
-    if (map.values) pen.picture(heat(map.values, map.grid, colors, map.signed), x, y, width, height);
+    if (map.values) pen.picture(heat(map, colors), x, y, width, height);
     if (contours && map.P)
       for (const [share, dashes] of [[0.9, [4, 3]], [0.5, []]]) {
         const lines = contour(map.P, map.grid, densityThreshold(map.P, share)).map((line) => line.map(place));

@@ -58,7 +58,7 @@ function ask(changes) {
 function showOwn(pixels) {
   const shape = view().images.shape.slice(1);
   live.own = Object.assign(pixels, { shape, version: (live.own?.version || 0) + 1 });
-  if (!$("images").querySelector('[value="own"]')) addImage("own", "yours");
+  if (!$("images").querySelector('[value="own"]')) addImage("own", "yours").scrollIntoView({ block: "nearest" });
   const canvas = $("images").querySelector('[value="own"]').parentNode.querySelector("canvas");
   canvas.getContext("2d").drawImage(inColor(pixels, shape), 0, 0);
   ask({ image: "own" });
@@ -77,6 +77,7 @@ async function openPicture(file) {
   const context = canvas.getContext("2d");
   context.fillRect(0, 0, bitmap.width, bitmap.height); // what is transparent is black
   context.drawImage(bitmap, 0, 0);
+  stopDrawing();
   showOwn(fitted(context.getImageData(0, 0, bitmap.width, bitmap.height), view().images.shape.slice(1)));
   notice("");
 }

@@ -40,9 +40,11 @@ function figure() {
 
 /** Returns what a figure shows, in words: the image, the query pixel, which numbers, and when. */
 function figureCaption() {
+  if (onlyMoments(state.run))
+    return `mean and spread of each head's shift over images and all queries; ${$("epoch-output").textContent}`;
   const image = { average: "average of the images", own: "own picture" }[state.image] ?? `image ${state.image}`;
   const query = `query at row ${state.query[0]}, column ${state.query[1]}, counted from 0`;
-  const values = state.part === "total" ? state.values : `${state.values} by ${state.part}`;
+  const values = `${state.part === "total" ? state.values : `${state.values} by ${state.part}`}, each head on its own scale`;
   const when = $("training").hidden ? [] : [$("epoch-output").textContent];
   return [view().images ? image : [], query, values, when].flat().join("; ");
 }

@@ -79,7 +79,14 @@ function showChoices() {
   $("sides").hidden = !compared();
   $("part").hidden = !hasContent(view());
   $("outlines").checked = state.outlines;
+  $("outlines").disabled = $("save-csv").disabled = onlyMoments(state.run);
+  disable("values", onlyMoments(state.run));
+  disable("part", isPast(state.run));
   $("restore").disabled = !state.off.length && !Object.keys(state.centers).length;
+}
+
+function disable(group, disabled) {
+  for (const input of $(group).querySelectorAll("input")) input.disabled = disabled;
 }
 
 function check(group, value) {
@@ -97,7 +104,11 @@ function showPicture(colors) {
   const drawn = picture();
   if (drawn) pen.picture(inColor(drawn, view().images.shape.slice(1)), 0, 0, width, height);
   else pen.rectangle(0, 0, width, height, colors.empty);
+  $("picture-help").hidden = !view().layers.length || drawing;
   if (!view().layers.length) return;
+  $("picture-help").textContent = pinned
+    ? "Pinned. Click the pixel again to choose by pointing; arrow keys move it."
+    : "Point to choose, click or tap to pin, arrow keys to move.";
   drawQuery(pen, ([x, y]) => [(x * width) / columns, (y * height) / rows], state.query, 2);
   const pixel = `row ${state.query[0]}, column ${state.query[1]} of a ${rows}x${columns} grid, counted from 0`;
   canvas.setAttribute("aria-label", `Picture with the query pixel: ${pixel}`);
@@ -108,7 +119,7 @@ function showPrediction() {
   $("prediction-section").hidden = !view().classes;
   if (!now) {
     $("prediction").replaceChildren();
-    $("prediction-note").textContent = state.image === "average" ? "The average of images has no prediction." : "";
+    $("prediction-note").textContent = state.image === "average" ? aboutTheAverage() : "";
     return;
   }
   const { classes, labels } = view();
@@ -133,6 +144,13 @@ function showPrediction() {
   $("prediction-note").textContent = notes.join(" ");
 }
 
+/** Returns what is to be said while the average of images is shown. */
+function aboutTheAverage() {
+  const touched = state.off.length || Object.keys(state.centers).length;
+  const stale = touched && view().layers.some(({ features }) => features);
+  return `The average of images has no prediction.${stale ? " Layers see here what they saw before you changed heads." : ""}`;
+}
+
 /** Returns what is shown of the maps of the run, and of those beside it: sets of maps, with a title and a run each. */
 function shownMaps(maps) {
   const first = { title: view().name, maps, run: state.run };
@@ -151,6 +169,9 @@ function tilesOf(maps, width, top) {
 }
 
 function showMaps(shown, colors) {
+  $("introduction").textContent =
+    `The network sees the picture as a grid of ${finestGrid().join("\u00d7")} pixels. From the one that you choose, the query, ` +
+    "each map shows how a head shares out its attention, 100% in all.";
   $("other-figure").hidden = shown.length < 2;
   ["maps", "other-maps"].slice(0, shown.length).forEach((id, n) => {
     const canvas = $(id);
@@ -191,7 +212,7 @@ function showTraining() {
   if (!isPast(state.run)) return;
   if (history.mean_shift)
     $("training-note").textContent =
-      "These heads look where the image says, and their maps at this epoch were not kept. Each ellipse and cross is of the shift that a head attended to, averaged over images and over all queries, those at the border too.";
+      "These heads look where the image says, and their maps at this epoch were not kept. Each ellipse and cross is of the shift that a head attended to, averaged over images and over all queries, those at the border too; the checkpoint's are of this query.";
   else if (hasContent(view())) $("training-note").textContent = "Maps of the positional part alone at this epoch.";
 }
 
@@ -213,14 +234,18 @@ function showHead(map, shown, colors) {
   $("surgery").hidden = !view().classes;
   canvas.setAttribute("aria-label", `${layers[state.layer].name}, head ${state.head}, enlarged`);
   const keys = canMove() ? " Drag the cross, or press Shift and an arrow key, to move the head's center." : "";
-  $("large-help").textContent = `Point at a pixel, or press the arrow keys, to read it.${keys}`;
+  $("large-help").textContent = drawn.values ? `Point at a pixel, or press the arrow keys, to read it.${keys}` : "";
   $("legend").textContent = legendOf(drawn);
   showFacts(map, parameters);
 }
 
 /** Returns what the lines over a large map are. */
-function legendOf({ P, outline }) {
+function legendOf({ P, outline, values, scores, signed: isDifference }) {
   const lines = [];
+  if (values && !isDifference) {
+    const [least, greatest] = extremes(values);
+    lines.push(scores ? `Colour: scores from ${signed(least)} to ${signed(greatest)}.` : `Colour: probabilities from 0 to ${greatest.toPrecision(2)}.`);
+  }
   if (state.outlines && P) lines.push("Solid line: the fewest pixels with half of the probability; dashed: with nine tenths.");
   if (outline) lines.push("Cross: the head's center, or mean shift; ellipse: half of a Gaussian with its spread.");
   return lines.join(" ");
@@ -231,7 +256,7 @@ const canMove = () => state.epoch < 0 && gaussianOf(view().layers[state.layer].p
 
 /** Returns the facts about a head of the first run: [name, text] each. */
 function factsOf(map, parameters, head) {
-  if (map.past) return [["Mean shift", inWords(map.outline.center)]];
+  if (map.past) return [["Mean shift, all queries", inWords(map.outline.center)]];
   if (!map.P) return [["Map", "not known of this picture"]];
   const found = measures(map.whole);
   const gaussian = gaussianOf(parameters, head);
@@ -283,7 +308,11 @@ function showTheorem(colors) {
   const sides = [1, 3, 5, 7].filter((side) => side <= 2 * Math.max(...grid));
   const row = (tag, first, cells) => element("tr", {}, element("th", { textContent: first, scope: tag === "th" ? "col" : "row" }), ...cells.map((textContent) => element(tag, { textContent })));
   $("shares").tHead.replaceChildren(row("th", "Window", sides.map((side) => `${side}\u00d7${side}`)));
-  $("shares").tBodies[0].replaceChildren(row("td", "Share of the energy", sides.map((side) => percent(windowShare(energy, query, grid, side)))));
+  const shares = (of) => sides.map((side) => percent(windowShare(of, query, grid, side)));
+  $("shares").tBodies[0].replaceChildren(
+    row("td", "Share of the energy", shares(energy)),
+    row("td", "Share of the pixels", shares(energy.map(() => 1))),
+  );
   $("sharpness").value = state.sharpness;
   $("sharpness-output").textContent = sharpness < 10 ? sharpness.toFixed(2) : sharpness.toFixed(0);
   const distance = distanceToTaps(P, gram);
@@ -293,6 +322,9 @@ function showTheorem(colors) {
 
 /** Returns whether what is shown of a layer is a mean over images that it sees differently. */
 const isMean = (layer) => state.image === "average" && Boolean(layer.features || layer.parameters.maps?.shape[0] > 1);
+
+/** Returns whether a layer's heads look where the image says. */
+const seesContent = (layer) => Boolean(layer.features || layer.parameters.encoding === "maps");
 
 /** Draws the size of a layer's kernel by shift, over its `heads` that are on, and says in words what it is. */
 function showKernel(layer, energy, heads, colors) {
@@ -305,16 +337,18 @@ function showKernel(layer, energy, heads, colors) {
   drawMap(canvasPen(canvas, width, height), drawn, 0, 0, width, height, colors, null, { thickness: 2 });
   canvas.style.aspectRatio = `${grid[1]} / ${grid[0]}`;
   $("kernel-caption").textContent = `${layer.name}: size of the kernel by shift`;
-  const content = layer.features || layer.parameters.encoding === "maps";
   const which = heads < headsOf(layer.parameters) ? " that are on" : "";
-  $("theorem-text").textContent =
-    `At this query the layer is a convolution with the kernel \u03a3 A[shift] W over its ${heads} heads${which}. ` +
-    (isMean(layer)
-      ? "Its heads look where the image says: this is the mean of the images' kernels."
-      : content
-      ? "Its heads look where the image says, so the kernel is another at each pixel."
-      : "Away from the border the kernel is the same at each pixel.") +
-    (isPast(state.run) ? " This is the checkpoint's." : "");
+  const kernel = `the kernel \u03a3 A[shift] W over its ${heads} heads${which}`;
+  $("theorem-text").textContent = [
+    !seesContent(layer)
+      ? `At this query the layer is a convolution with ${kernel}. Away from the border the kernel is the same at each pixel.`
+      : isMean(layer)
+      ? `Over the images, the layer weighs pixels at this query by ${kernel}, in the mean. Its heads look where the image says, so it is no convolution.`
+      : `At this query of this image the layer weighs pixels by ${kernel}. Its heads look where the image says: at another pixel or image the kernel is another, and the layer is no convolution.`,
+    state.part !== "total" && !isPast(state.run) ? "Position and content count together here." : [],
+    isPast(state.run) ? "This is the checkpoint's." : [],
+  ].flat().join(" ");
+  $("distance-name").textContent = seesContent(layer) ? "Distance to one pixel a head, at this query" : "Distance to the convolution of the nearest taps";
 }
 
 /** Updates what screen readers are told: a sentence on the head, and the table. */
@@ -323,7 +357,10 @@ function showForReaders() {
   if (!layers.length) return;
   const describe = (n, head, parameters) => factsOf(headMap(state.run, n, head, { parameters }), parameters, head);
   const chosen = Object.fromEntries(describe(state.layer, state.head, currentParameters(state.run, state.layer)));
-  const center = chosen.Center ? `center ${chosen.Center}` : `mean shift ${chosen["Mean shift"]}`;
+  const moments = onlyMoments(state.run);
+  const shift = chosen[moments ? "Mean shift, all queries" : "Mean shift"];
+  const center = chosen.Center ? `center ${chosen.Center}` : `mean shift ${shift}`;
+  $("table-title").textContent = moments ? "Table of the heads, over images and all queries" : "Table of the heads at this query";
   const within = chosen["Within 3\u00d73"];
   const words = chosen.Map ? `map ${chosen.Map}` : within ? `${center}; ${within} within 3x3` : center;
   $("sentence").textContent = `${layers[state.layer].name}, head ${state.head}: ${words}.`;

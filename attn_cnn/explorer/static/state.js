@@ -104,11 +104,18 @@ function canLie(name, center) {
 
 const hasContent = ({ layers }) => layers.some(({ parameters }) => parameters.content);
 
-/** Returns whether the history ends with the checkpoint that the page shows. */
-const endsAtCheckpoint = ({ history, step }) => history.step[history.step.length - 1] === step;
+/** Returns whether the history has all that the page shows of heads: of heads that see the image it has no maps. */
+const keepsMaps = (run) => !run.history.mean_shift && !hasContent(run);
 
-/** Returns how many places the history has: its epochs, and the checkpoint where it is none of them. */
-const places = (run) => (run.history ? run.history.step.length + (endsAtCheckpoint(run) ? 0 : 1) : 1);
+/** Returns how many places the history has: its epochs, and the checkpoint where none of them shows the same. */
+function places(run) {
+  if (!run.history) return 1;
+  const { step } = run.history;
+  return step.length + (keepsMaps(run) && step[step.length - 1] === run.step ? 0 : 1);
+}
+
+/** Returns whether nothing is known of a run's heads, at the epoch that is chosen, but moments over images and queries. */
+const onlyMoments = (run) => isPast(run) && Boolean(views[run].history.mean_shift);
 
 /** Returns how many images the run's maps are of. */
 function imageCount({ images, layers }) {
@@ -196,7 +203,7 @@ function pastParameters(history, number, parameters) {
 /** Returns mean and covariance of a head's shift at the epoch that is chosen, where the history has just these. */
 function pastOutline(run, n, head) {
   const { history, layers } = views[run];
-  if (!isPast(run) || !history.mean_shift) return null;
+  if (!onlyMoments(run)) return null;
   const at = (array, size) => Array.from(atEpoch(array, layers[n].number, head + 1).subarray(head * size));
   return { center: at(history.mean_shift, 2), covariance: at(history.covariance, 4) };
 }
@@ -246,7 +253,8 @@ function headMap(run, n, head, { parameters = currentParameters(run, n), kind = 
   map.whole = { P, ...padded(layer) };
   const crop = (values) => cropped(values, map.whole.grid, layer.padding);
   map.P = crop(P);
-  map.values = kind === "scores" ? crop(averaged(scores, run, n, head, parameters, options)) : map.P;
+  map.scores = kind === "scores";
+  map.values = map.scores ? crop(averaged(scores, run, n, head, parameters, options)) : map.P;
   if (state.outlines) map.outline = outlineOf(parameters, head, map);
   return map;
 }
