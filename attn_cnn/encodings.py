@@ -87,7 +87,7 @@ class Encoding(struct.PyTreeNode):
       continuous: whether there are scores between pixels: `scores` takes shifts that are no whole numbers.
       reads: the fields of `FIELDS` that mean something to it.
       undecayed: names of its parameters that weight decay spares.
-      positions: names of its parameters, and of modules of such, that say where heads look whatever the pixels hold.
+      positions: names of the parameters and submodules that say where heads look whatever the pixels hold.
       torch_names: its parameters' paths in the layer, and their names in the paper's PyTorch layer.
       penalty: a method that returns (condition number - 1)^2 of each head, where there is one to penalise.
     """

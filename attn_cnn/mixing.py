@@ -56,7 +56,7 @@ class Factors(struct.PyTreeNode):
 
     Where the factors are the same for all queries of a row, and of a column, that axis has size 1, and mixing costs
     O(H + W) for each pixel instead of O(H W). Where they differ from query to query, mixing multiplies them first.
-    Those that do not may be the factors of some of the grid's rows and columns of queries alone.
+    Factors that are shared by all queries may cover some rows and columns of queries alone, as under a stride.
     """
 
     row: Array  # heads H #W H: query row, query column, key row

@@ -6,7 +6,7 @@ outline is smooth. Where there is a probability for each pixel alone, the region
 holds more.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple, cast
 
 import contourpy
@@ -42,8 +42,8 @@ class Rectangle(NamedTuple):
         return self.top + along * (self.bottom - self.top), self.left + along * (self.right - self.left)
 
 
-def outlines(score: Score, rectangle: Rectangle, shares: Sequence[float] = SHARES) -> list[list[Polygon]]:
-    """Returns, for each of the `shares`, the outlines of the smallest region that holds it, within the rectangle."""
+def outlines(score: Score, rectangle: Rectangle) -> list[list[Polygon]]:
+    """Returns, for each of the `SHARES`, the outlines of the smallest region that holds it, within the rectangle."""
     window = _where_the_mass_is(score, rectangle)
     rows, columns = window.samples(_FINE)
     inside = np.sort(np.asarray(score(rows[:, None], columns), np.float64), axis=None)[::-1]
@@ -54,7 +54,7 @@ def outlines(score: Score, rectangle: Rectangle, shares: Sequence[float] = SHARE
     values = np.maximum(values, inside[-1] - 1e9)
     rows, columns = (np.r_[side[0] - 1e-9, side, side[-1] + 1e-9] for side in (rows, columns))
     contour = contourpy.contour_generator(columns, rows, values)
-    levels = [inside[np.searchsorted(held, share * held[-1])] for share in shares]
+    levels = [inside[np.searchsorted(held, share * held[-1])] for share in SHARES]
     return [[line[:, ::-1] for line in cast(list[Polygon], contour.lines(level))] for level in levels]
 
 

@@ -1,9 +1,9 @@
 """What a config may hold: the kinds of fields, what each accepts, and the check of a config against them.
 
 The fields themselves stand beside the code that reads them: a run's in `training/experiment.py`, the data set's in
-`training/data.py`, the optimizer's in `training/optim.py`, checkpoints' in `training/checkpoint.py`, the models' in
-`model.py`, `resnet.py` and `encodings.py`. A field that came later than the first runs has a default that means what
-was done before, so that their workdirs load.
+`training/data.py`, the optimizer's in `training/optim.py`, checkpoints' in `training/checkpoint.py`, surgery's in
+`heads/surgery.py`, the models' in `model.py`, `resnet.py` and `encodings.py`. A field that came later than the first
+runs has a default that means what was done before, so that their workdirs load.
 """
 
 import difflib

@@ -125,7 +125,7 @@ def run() -> ml_collections.ConfigDict:
             "init_from": "",  # the workdir of a run to start from
             "init_except": (),  # its parameters that start afresh, as in ("classifier",)
             "degenerate_heads": "keep",  # of that run; or prune, or reset: drawn anew
-            "freeze": "none",  # or positions, values, both: of heads that run has trained; without one, of all heads
+            "freeze": "none",  # or positions, values, both: of the heads that init_from brings, without it of all
             "data": {
                 "name": "cifar10",  # or another of TensorFlow Datasets, digits, folder:PATH, npz:PATH
                 "dir": "",  # TFDS_DATA_DIR, or tfds's default
@@ -146,7 +146,11 @@ def run() -> ml_collections.ConfigDict:
                 "warmup": 0.05,  # of all steps
                 "decay_epochs": (),
             },
-            "checkpoint": {"every_epochs": 1, "keep": 3, "history_epochs": 0},  # a checkpoint of so many epochs stays
+            "checkpoint": {
+                "every_epochs": 1,
+                "keep": 3,
+                "history_epochs": 0,
+            },  # every so many epochs one is kept for good
             "figures": {"every_epochs": 0},  # where heads look, drawn for TensorBoard; 0: never
         }
     )

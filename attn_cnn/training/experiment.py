@@ -20,7 +20,7 @@ from attn_cnn import schema
 from attn_cnn.errors import UserError
 from attn_cnn.heads import surgery as surgery_lib
 from attn_cnn.heads.surgery import Surgery
-from attn_cnn.training import checkpoint, data, devices, metrics, optim
+from attn_cnn.training import checkpoint, data, devices, optim
 from attn_cnn.training.dataset import Spec
 
 FIELDS = {
@@ -44,7 +44,7 @@ FIELDS = {
     **{f"data.{name}": field for name, field in data.FIELDS.items()},
     **{f"optimizer.{name}": field for name, field in optim.FIELDS.items()},
     **{f"checkpoint.{name}": field for name, field in checkpoint.FIELDS.items()},
-    **{f"figures.{name}": field for name, field in metrics.FIELDS.items()},
+    "figures.every_epochs": schema.integer(0, 100_000, default=0),
 }
 
 

@@ -19,13 +19,10 @@ import PIL.Image
 from etils import epath
 from jaxtyping import UInt8
 
-from attn_cnn import schema
 from attn_cnn.errors import UserError, first_line
 from attn_cnn.training import quiet_tensorflow
 
 log = logging.getLogger("attn_cnn")
-
-FIELDS = {"every_epochs": schema.integer(0, 100_000, default=0)}  # config.figures: how often an image is written
 
 
 class Writer:

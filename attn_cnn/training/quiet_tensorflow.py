@@ -7,7 +7,8 @@ import contextlib
 import os
 from types import ModuleType
 
-# Before TensorBoard, too, may import TensorFlow. It tells of oneDNN whatever the log level, and here only reads files.
+# Set here and not in `load`, since TensorBoard may import TensorFlow first. TensorFlow tells of oneDNN whatever the log
+# level, and here only reads files.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
