@@ -13,6 +13,7 @@ import collections
 import functools
 import importlib
 import itertools
+import math
 import os
 import re
 import time
@@ -84,12 +85,19 @@ class Program(NamedTuple):
     Attributes:
       seconds: what compiling took.
       compiled: the program.
-      operands: how many matrix products there are by the types of their operands, as "bfloat16 x bfloat16".
+      products: the matrix products by the types of their operands, as "bfloat16 x bfloat16".
     """
 
     seconds: float
     compiled: jax.stages.Compiled
-    operands: dict[str, int]
+    products: dict[str, "Products"]
+
+
+class Products(NamedTuple):
+    """Matrix products and convolutions; `flops` are of the matrix products alone."""
+
+    number: int
+    flops: int
 
 
 def mesh_of(target: Target) -> Mesh:
@@ -148,7 +156,7 @@ def _compile(
     inputs = steps.Inputs(*on(everywhere, data))
     lowered = devices.sharded(step, mesh, donated).lower(on(everywhere, state), inputs, on(shared, share))
     compiled = lowered.compile()
-    return Program(time.perf_counter() - started, compiled, operands(lowered.as_text()))
+    return Program(time.perf_counter() - started, compiled, products(lowered.as_text()))
 
 
 # What the texts say
@@ -170,11 +178,20 @@ BYTES = {
 }
 
 
-def operands(stablehlo: str) -> dict[str, int]:
-    """Returns how many matrix products and convolutions there are, by the types of their operands."""
-    found = re.findall(r"stablehlo\.(?:dot_general|convolution)\b.*: \(tensor<([^>]*)>, tensor<([^>]*)>\)", stablehlo)
-    types = (tuple(TYPES[tensor.rpartition("x")[2]] for tensor in pair) for pair in found)
-    return dict(collections.Counter(" x ".join(pair) for pair in types))
+def products(stablehlo: str) -> dict[str, Products]:
+    """Returns the matrix products and convolutions by the types of their operands."""
+    tensors = r"\(tensor<([^>]*)>, tensor<([^>]*)>\) -> tensor<([^>]*)>"
+    numbers: dict[str, int] = collections.Counter()
+    flops: dict[str, int] = collections.Counter()
+    for kind, rest, *shapes in re.findall(rf"stablehlo\.(dot_general|convolution)\b(.*): {tensors}", stablehlo):
+        left, right, result = (shape.split("x") for shape in shapes)
+        types = f"{TYPES[left[-1]]} x {TYPES[right[-1]]}"
+        numbers[types] += 1
+        if kind == "dot_general":
+            contracted = re.search(r"contracting_dims = \[([\d, ]*)\]", rest)
+            axes = re.findall(r"\d+", contracted[1]) if contracted else []
+            flops[types] += 2 * math.prod(int(left[int(axis)]) for axis in axes) * math.prod(map(int, result[:-1]))
+    return {types: Products(number, flops[types]) for types, number in numbers.items()}
 
 
 def collectives(hlo: str) -> list[int]:
@@ -213,8 +230,15 @@ def row(names: dict[str, str], program: Program) -> dict[str, str]:
         "GB accessed": f"{costs['bytes accessed'] / 1e9:.1f}" if "bytes accessed" in costs else "",
         "collectives": f"{len(across)}, {sum(across) / 2**20:.1f} MiB",
         "loops": str(loops(text)),
-        "matrix products": ", ".join(f"{n} {kinds}" for kinds, n in sorted(program.operands.items())),
+        "matrix products": _words(program.products),
     }
+
+
+def _words(found: dict[str, Products]) -> str:
+    """Returns how many products there are of each type, and their share of the FLOPs where there are several types."""
+    total = sum(products.flops for products in found.values())
+    share = {types: f" ({products.flops / total:.1%})" for types, products in found.items()} if len(found) > 1 else {}
+    return ", ".join(f"{products.number} {types}{share.get(types, '')}" for types, products in sorted(found.items()))
 
 
 def paper_config(experiment: str, dtype: str, batch: int) -> Any:

@@ -9,12 +9,12 @@ from attn_cnn.errors import UserError
 from attn_cnn.report import count_parameters
 from attn_cnn.training.experiment import abstract_state
 from benchmarks import accelerators
-from benchmarks.accelerators import INSTALL, TARGETS, collectives, loops, operands, transfers
+from benchmarks.accelerators import INSTALL, TARGETS, Products, collectives, loops, products, transfers
 from configs import gated, learned_content, quadratic, resnet18
 
 INSTALLED = {
     "tpu": importlib.util.find_spec("libtpu") is not None,
-    "gpu": importlib.util.find_spec("jax_plugins.xla_cuda13") is not None,
+    "gpu": importlib.util.find_spec("jax_cuda13_plugin") is not None,
 }
 
 
@@ -60,8 +60,8 @@ def test_there_is_no_loop_and_the_host_is_not_waited_for(compiled):
 @pytest.mark.slow
 def test_products_of_pixels_take_half_precision_forward_and_backward(compiled):
     _, program, _ = compiled
-    assert program.operands.get("float32 x bfloat16", 0) == program.operands.get("bfloat16 x float32", 0) == 0
-    assert program.operands["bfloat16 x bfloat16"] > 5
+    assert program.products.keys() <= {"bfloat16 x bfloat16", "float32 x float32"}
+    assert program.products["bfloat16 x bfloat16"].number > 5
 
 
 def test_texts_are_read_for_what_they_say():
@@ -72,8 +72,8 @@ def test_texts_are_read_for_what_they_say():
   %i = token[] infeed(%x)
 """
     assert collectives(hlo) == [40 + 1280, 24] and loops(hlo) == 1 and transfers(hlo) == 1
-    line = "%1 = stablehlo.dot_general %a, %b, contracting_dims = [1] x [0] : (tensor<2x3xbf16>, tensor<3x4xf32>) -> x"
-    assert operands(line) == {"bfloat16 x float32": 1}
+    line = "= stablehlo.dot_general %a, %b, contracting_dims = [1] x [0] : (tensor<2x3xbf16>, tensor<3x4xf32>) -> "
+    assert products(f"{line}tensor<2x4xf32>") == {"bfloat16 x float32": Products(1, 2 * 2 * 3 * 4)}
 
 
 @pytest.mark.skipif(INSTALLED["tpu"], reason="the TPU's compiler is installed")
