@@ -134,16 +134,19 @@ def prune(tree: Any, model: ml_collections.ConfigDict, chosen: Mapping[int, Any]
     It may be the parameters themselves, an optimizer's state, or a whole training state. A layer without heads keeps
     its value's bias alone.
     """
-    axes, structure = head_axes(model), jax.tree.structure(abstract_variables(model)["params"])
+    axes, paths = head_axes(model), traverse_util.flatten_dict(abstract_variables(model)["params"]).keys()
     kept = untouched(model).pruned(chosen).kept
     wanted = traverse_util.flatten_dict(abstract_variables(_with_heads(model, tuple(map(len, kept))))["params"])
 
     def of_parameter(path, leaf):
         axis = axes.get(path)
-        return leaf if axis is None else jnp.take(leaf, jnp.array(kept[_layer(path)]), axis)
+        # Muon's parts share the parameters out: in each, a node without leaves stands for one of the other's.
+        if axis is None or not jax.tree.leaves(leaf):
+            return leaf
+        return jnp.take(leaf, jnp.array(kept[_layer(path)]), axis)
 
     def are_params(part):
-        return jax.tree.structure(part) == structure
+        return isinstance(part, dict) and traverse_util.flatten_dict(part).keys() == paths
 
     def of_part(part):
         if not are_params(part):
