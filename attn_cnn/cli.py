@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 import threading
+import traceback
 import warnings
 from collections.abc import Callable
 
@@ -18,7 +19,7 @@ from etils import epath
 from ml_collections import config_flags
 
 from attn_cnn import model, paths, schema
-from attn_cnn.errors import Stopped, UserError
+from attn_cnn.errors import Stopped, UserError, first_line
 from attn_cnn.training import experiment
 
 
@@ -94,6 +95,11 @@ def _parse(argv: list[str], arguments: tuple[str, ...]) -> list[str]:
         rest = app.parse_flags_with_usage(argv)
     except (AttributeError, KeyError) as error:
         field = str(error).strip("\"'")
+        if not any(field in word.partition("=")[0].split(".") for word in argv):
+            frames = traceback.extract_tb(error.__traceback__)
+            place = next((f for f in reversed(frames) if f.name in ("get_config", "<module>")), frames[-1])
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise UserError(f"the config cannot be read; {place.filename}, line {place.lineno}: {reason}") from None
         models = [name for name, fields in model.model_fields().items() if field in fields]
         raise UserError(
             f"this config has no field {field!r}"

@@ -22,8 +22,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from matplotlib.rcsetup import cycler
 
-from attn_cnn import regions
-from attn_cnn.errors import UserError, first_line
+from attn_cnn import paths, regions
 from attn_cnn.heads.views import View
 from attn_cnn.regions import SHARES
 
@@ -321,17 +320,4 @@ def save(figure: Figure, path: epath.Path) -> None:
     Raises:
       UserError: it cannot be written.
     """
-    write(path, encoded(figure, path.suffix.removeprefix(".")))
-
-
-def write(path: epath.Path, content: bytes) -> None:
-    """Writes a file.
-
-    Raises:
-      UserError: it cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {first_line(error)}") from None
+    paths.write(path, encoded(figure, path.suffix.removeprefix(".")))

@@ -13,6 +13,7 @@ without the axis of layers. Each query's probabilities sum to 1; half precision 
 queries and as keys, and what is left for a query is scaled to sum to 1 again: a convolution has nothing like them.
 """
 
+import io
 import logging
 import re
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float, Shaped, UInt8
 
+from attn_cnn import paths
 from attn_cnn.errors import UserError, first_line
 
 log = logging.getLogger("attn_cnn")
@@ -54,11 +56,9 @@ def write(path: epath.Path, maps: Maps) -> None:
         arrays = {f"maps_{number}": layer for number, layer in enumerate(layers)}
     if maps.images is not None:
         arrays["images"] = maps.images
-    try:
-        with path.open("wb") as file:
-            np.savez_compressed(file, **arrays)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {first_line(error)}") from None
+    content = io.BytesIO()
+    np.savez_compressed(content, **arrays)
+    paths.write(path, content.getvalue())
 
 
 def read(path: epath.Path) -> Maps:

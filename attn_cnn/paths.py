@@ -1,4 +1,4 @@
-"""Paths as people, sweeps and schedulers write them, and the folder for what can be made again."""
+"""Paths as people, sweeps and schedulers write them, files there, and the folder for what can be made again."""
 
 import os
 import re
@@ -6,7 +6,7 @@ import tempfile
 
 from etils import epath
 
-from attn_cnn.errors import UserError
+from attn_cnn.errors import UserError, first_line
 
 SCHEMES = ("gs",)  # that TensorFlow, and so epath, reads without more packages
 
@@ -34,6 +34,19 @@ def resolve(path: epath.PathLike, what: str) -> epath.Path:
     if expanded.startswith("~"):
         raise UserError(f"{what} is {text}, but there is no such home; set HOME, or write the path whole.")
     return epath.Path(expanded)
+
+
+def write(path: epath.Path, content: bytes) -> None:
+    """Writes a file, whose folder is made.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {first_line(error)}") from None
 
 
 def cache_folder() -> epath.Path:

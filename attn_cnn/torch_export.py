@@ -6,7 +6,7 @@ OUT is a .pt file like those that the paper's code saves, {"epoch", "model_state
 .safetensors or .npz. Importing what was exported gives the same parameters.
 """
 
-import os
+import io
 from typing import Any
 
 import ml_collections
@@ -17,7 +17,7 @@ from etils import epath
 from flax import traverse_util
 
 from attn_cnn import cli, paths
-from attn_cnn.errors import UserError, first_line
+from attn_cnn.errors import UserError
 from attn_cnn.torch_import import to_torch, torch_names, torch_shape
 from attn_cnn.training.experiment import create_experiment
 from attn_cnn.training.runs import Run, load_run
@@ -48,19 +48,17 @@ def export_run(run: Run, path: epath.Path) -> None:
     if path.suffix not in SUFFIXES:
         raise UserError(f"{path} must end in one of {', '.join(SUFFIXES)}.")
     state_dict = export_variables({"params": run.params, "batch_stats": run.batch_stats}, run.config.model)
-    try:
-        if path.suffix == ".pt":
-            _write_pickle(run, state_dict, path)
-        elif path.suffix == ".npz":
-            with path.open("wb") as file:
-                np.savez(file, **state_dict)  # type: ignore[arg-type]  # none is called allow_pickle
-        else:
-            path.write_bytes(safetensors.numpy.save(state_dict))
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {first_line(error)}") from None
+    content = io.BytesIO()
+    if path.suffix == ".pt":
+        _write_pickle(run, state_dict, path, content)
+    elif path.suffix == ".npz":
+        np.savez(content, **state_dict)  # type: ignore[arg-type]  # none is called allow_pickle
+    else:
+        content.write(safetensors.numpy.save(state_dict))
+    paths.write(path, content.getvalue())
 
 
-def _write_pickle(run: Run, state_dict: dict[str, np.ndarray], path: epath.Path) -> None:
+def _write_pickle(run: Run, state_dict: dict[str, np.ndarray], path: epath.Path, file: io.BytesIO) -> None:
     try:
         import torch
     except ImportError:
@@ -69,7 +67,7 @@ def _write_pickle(run: Run, state_dict: dict[str, np.ndarray], path: epath.Path)
         ) from None
     content = {"model_state_dict": {name: torch.tensor(array) for name, array in state_dict.items()}}
     epochs = run.step // create_experiment(run.config, run.spec).steps_per_epoch
-    torch.save(content | {"epoch": epochs - 1}, os.fspath(path))
+    torch.save(content | {"epoch": epochs - 1}, file)
 
 
 def main(argv):

@@ -71,12 +71,13 @@ def test_the_one_that_is_asked_for_comes_back(asked, step, measured):
     jax.tree.map(np.testing.assert_array_equal, restored, state(step))
 
 
-def test_where_none_was_evaluated_the_newest_is_the_best(tmp_path):
+def test_where_none_was_evaluated_the_newest_is_the_best_and_said_to_be(tmp_path, caplog):
     directory = epath.Path(tmp_path) / "checkpoints"
     with Checkpoints(directory, keep=3) as checkpoints:
         for step in (1, 2):
             checkpoints.save(step, state(step))
     assert restore(directory, "best")[0] == 2
+    assert "was evaluated: the newest is taken for the best" in caplog.text
 
 
 @pytest.mark.parametrize("asked", [0, 7, "oldest"])

@@ -60,6 +60,14 @@ def test_a_mistake_ends_in_one_message(mistake):
     assert "Traceback" not in done.stderr
 
 
+def test_a_mistake_inside_a_config_is_told_with_its_place(tmp_path):
+    (tmp_path / "mine.py").write_text("import numpy as np\n\n\ndef get_config():\n    return np.foo\n")
+    command = [sys.executable, "main.py", f"--config={tmp_path / 'mine.py'}"]
+    done = subprocess.run(command, cwd=program.ROOT, env=program.environment(), capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "mine.py, line 5: AttributeError: module 'numpy' has no attribute 'foo'" in done.stderr
+
+
 @pytest.mark.slow
 def test_describe_prints_the_totals():
     done = program.run("--mode=describe", config="configs/learned.py:digits", tiny=False)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import numpy as np
 import PIL.Image
@@ -55,6 +56,12 @@ def write_arrays(path, **changes):
 def own_config(name, **changes):
     changes = {"model.image_shape": (8, 8, 3), "model.classes": 3, "batch_size": 10, "epochs": 12} | changes
     return program.tiny_config(**{"data.name": name, "checkpoint.every_epochs": 12, "data.crop_padding": 0} | changes)
+
+
+def test_digits_without_scikit_learn_are_one_message(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(UserError, match="pip install scikit-learn"):
+        data.load("digits")
 
 
 def test_a_folder_of_pictures_is_read_with_its_classes_in_order(tmp_path):

@@ -59,7 +59,7 @@ def test_each_kind_of_file_holds_it(suffix, tmp_path):
         pytest.importorskip("torch", reason="needs PyTorch")
     config = quadratic.get_config("digits")
     config.model.layers = 1
-    run, path = run_of(config), epath.Path(tmp_path) / f"model{suffix}"
+    run, path = run_of(config), epath.Path(tmp_path) / "a folder to be made" / f"model{suffix}"
     export_run(run, path)
     state_dict, epochs, accuracy = read_checkpoint(path)
     jax.tree.map(np.testing.assert_array_equal, import_state_dict(state_dict, config.model), run.params)

@@ -6,6 +6,7 @@ import re
 
 import program
 import pytest
+from jax.profiler import ProfileData
 
 from attn_cnn import train
 from attn_cnn.training import tracing
@@ -75,3 +76,15 @@ def test_a_run_shorter_than_the_trace_is_traced_to_its_end(tmp_path, caplog):
     train.train(program.tiny_config(epochs=1, batch_size=200), tmp_path / "run", profile=True)
     assert "is finished: 7 steps" in caplog.text and "A trace of 5 steps is in" in caplog.text
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+
+
+@pytest.mark.slow
+def test_a_run_that_ends_before_the_traced_steps_ends_in_peace(tmp_path, caplog):
+    caplog.set_level("INFO", "attn_cnn")
+    train.train(program.tiny_config(epochs=1, batch_size=700), tmp_path / "run", profile=True)
+    assert "is finished: 2 steps" in caplog.text and "A trace of 0 steps is in" in caplog.text
+
+
+def test_a_trace_without_the_steps_operations_is_said_to_be_one():
+    empty = ProfileData.from_serialized_xspace(b"")
+    assert tracing.summary(empty, PROGRAM, 1) == "none of the step's operations is in the trace"

@@ -176,6 +176,7 @@ def replaced_config(config: ml_collections.ConfigDict, layers: set[int]) -> ml_c
         "degenerate_heads": "keep",
         "freeze": "none",
         "condition_penalty": 0.0,
+        "figures.every_epochs": 0,  # there may be no heads left to draw
         "optimizer.schedule": "cosine",
         "optimizer.decay_epochs": (),
         "optimizer.learning_rate": TUNED_LEARNING_RATE * config.optimizer.learning_rate,

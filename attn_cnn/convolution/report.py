@@ -9,11 +9,10 @@ import tabulate
 from etils import epath
 from matplotlib.figure import Figure
 
-from attn_cnn import drawing
+from attn_cnn import drawing, paths
 from attn_cnn.convolution.kernels import SHARES
 from attn_cnn.convolution.recover import Report
 from attn_cnn.convolution.replace import TUNED_SIDE
-from attn_cnn.errors import UserError, first_line
 
 
 def describe(report: Report) -> str:
@@ -118,10 +117,6 @@ def write(report: Report, folder: epath.Path) -> None:
     Raises:
       UserError: it cannot be written.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "recover.txt").write_text(describe(report) + "\n")
-        (folder / "recover.json").write_text(as_json(report))
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written: {first_line(error)}") from None
+    paths.write(folder / "recover.txt", f"{describe(report)}\n".encode())
+    paths.write(folder / "recover.json", as_json(report).encode())
     drawing.save(draw(report), folder / "recover.png")

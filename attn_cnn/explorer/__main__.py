@@ -11,7 +11,7 @@ from absl import flags
 from etils import epath
 
 from attn_cnn import cli, paths
-from attn_cnn.errors import UserError, first_line
+from attn_cnn.errors import UserError
 
 INLINED_BYTES = 2 * 2**20  # of a network in single precision; a larger one takes --weights
 OF_RUNS = ("weights", "step")
@@ -67,11 +67,7 @@ def page_of_maps(file: epath.PathLike, images: int) -> str:
 
 def write(text: str, path: epath.Path) -> None:
     """Writes a page, and prints its size; raises UserError where it cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {first_line(error)}") from None
+    paths.write(path, text.encode())
     print(f"{path}: {len(text) / 1e6:.1f} MB, to open in a browser.")
 
 

@@ -134,7 +134,7 @@ def write(kind: str, drawn: Callable[[], Drawn], folder: epath.Path, explicit: b
     try:
         for name, figure in drawn():
             if isinstance(figure, bytes):
-                drawing.write(folder / f"{name}.webp", figure)
+                paths.write(folder / f"{name}.webp", figure)
                 continue
             for suffix in ("png", "svg"):
                 drawing.save(figure, folder / f"{name}.{suffix}")

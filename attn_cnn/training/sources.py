@@ -17,9 +17,19 @@ log = logging.getLogger("attn_cnn")
 
 
 def digits() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Returns the arrays of 1,797 images of 8x8, in a fixed stratified 80/20 split; 0..16 is scaled to 0..255."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
+    """Returns the arrays of 1,797 images of 8x8, in a fixed stratified 80/20 split; 0..16 is scaled to 0..255.
+
+    Raises:
+      UserError: scikit-learn is not installed.
+    """
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ImportError:
+        raise UserError(
+            "the digits come with scikit-learn: pip install scikit-learn. Without it there are npz:PATH and "
+            "folder:PATH (config.data.name)."
+        ) from None
 
     digits = load_digits()
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]

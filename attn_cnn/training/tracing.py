@@ -72,7 +72,7 @@ class Profile:
         self._tracing = False
         steps = self._steps - FIRST + 1
         log.info("A trace of %d steps is in %s.", steps, self._directory)
-        if jax.process_index() == 0:
+        if steps and jax.process_index() == 0:
             assert self._program is not None  # a trace begins with a step
             log.info("Where their time went:\n%s", summary(newest(self._directory), self._program(), steps))
 
@@ -111,7 +111,10 @@ def summary(trace: ProfileData, program: str, steps: int) -> str:
       program: the text of the compiled step.
       steps: how many there are in the trace.
     """
-    times = time_by_part(runs(trace, parts(program)))
+    found = list(runs(trace, parts(program)))
+    if not found:
+        return "none of the step's operations is in the trace"
+    times = time_by_part(found)
     total = sum(times.values())
     rows = [[part, f"{times[part] / steps / 1e6:.2f}", f"{times[part] / total:.1%}"] for part in PARTS if times[part]]
     return tabulate.tabulate(
