@@ -94,7 +94,7 @@ class Program(NamedTuple):
 
 
 class Products(NamedTuple):
-    """Matrix products and convolutions; `flops` are of the matrix products alone."""
+    """How many matrix products and convolutions there are, and their FLOPs, with what meets padding among them."""
 
     number: int
     flops: int
@@ -185,12 +185,17 @@ def products(stablehlo: str) -> dict[str, Products]:
     flops: dict[str, int] = collections.Counter()
     for kind, rest, *shapes in re.findall(rf"stablehlo\.(dot_general|convolution)\b(.*): {tensors}", stablehlo):
         left, right, result = (shape.split("x") for shape in shapes)
+        if kind == "dot_general":
+            found = re.search(r"contracting_dims = \[([\d, ]*)\]", rest)
+            summed = [int(left[int(axis)]) for axis in re.findall(r"\d+", found[1] if found else "")]
+        else:  # all axes of the kernel but that of the features out
+            kernel = re.search(r"\]x\[([^\]]*)\]->", rest)
+            summed = [
+                int(n) for n, axis in zip(right, kernel[1].split(", ") if kernel else [], strict=False) if axis != "o"
+            ]
         types = f"{TYPES[left[-1]]} x {TYPES[right[-1]]}"
         numbers[types] += 1
-        if kind == "dot_general":
-            contracted = re.search(r"contracting_dims = \[([\d, ]*)\]", rest)
-            axes = re.findall(r"\d+", contracted[1]) if contracted else []
-            flops[types] += 2 * math.prod(int(left[int(axis)]) for axis in axes) * math.prod(map(int, result[:-1]))
+        flops[types] += 2 * math.prod(summed) * math.prod(map(int, result[:-1]))
     return {types: Products(number, flops[types]) for types, number in numbers.items()}
 
 

@@ -74,6 +74,9 @@ def test_texts_are_read_for_what_they_say():
     assert collectives(hlo) == [40 + 1280, 24] and loops(hlo) == 1 and transfers(hlo) == 1
     line = "= stablehlo.dot_general %a, %b, contracting_dims = [1] x [0] : (tensor<2x3xbf16>, tensor<3x4xf32>) -> "
     assert products(f"{line}tensor<2x4xf32>") == {"bfloat16 x float32": Products(1, 2 * 2 * 3 * 4)}
+    line = "= stablehlo.convolution(%a, %b) dim_numbers = [b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f], window = {} : "
+    line += "(tensor<7x8x8x2xf32>, tensor<3x3x2x5xf32>) -> tensor<7x8x8x5xf32>"
+    assert products(line) == {"float32 x float32": Products(1, 2 * (3 * 3 * 2) * (7 * 8 * 8 * 5))}
 
 
 @pytest.mark.skipif(INSTALLED["tpu"], reason="the TPU's compiler is installed")
