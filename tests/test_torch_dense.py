@@ -13,6 +13,7 @@ from benchmarks import common
 from configs import quadratic
 
 torch = pytest.importorskip("torch", reason="needs PyTorch")
+pytestmark = pytest.mark.slow
 from benchmarks.torch_dense import QuadraticClassifier, training_step  # noqa: E402
 
 
