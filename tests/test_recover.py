@@ -21,7 +21,7 @@ from attn_cnn.convolution.replace import Cut, replaced_config, replaced_params, 
 from attn_cnn.convolution.theorem import EXACT_SPREAD
 from attn_cnn.errors import UserError
 from attn_cnn.maps import Maps, write
-from attn_cnn.model import create_model
+from attn_cnn.model import create_model, has_heads
 from attn_cnn.training.data import SPECS
 from attn_cnn.training.experiment import create_experiment, random_state
 from attn_cnn.training.runs import Run, load_run
@@ -86,6 +86,11 @@ def test_a_layer_replaced_is_the_network_with_a_convolution_there():
     network = create_model(config.model)
     theirs = run._replace(model=network, params=replaced_params(run.params, {1: cut}), config=config)
     np.testing.assert_allclose(logits(run, images, replacing({1: cut})), logits(theirs, images), atol=1e-4)
+
+
+def test_a_network_that_has_no_heads_left_is_trained_without_drawing_them():
+    run = untrained(**{"figures.every_epochs": 1})
+    assert not has_heads(create_experiment(replaced_config(run.config, {0, 1}), run.spec).model_config)
 
 
 def test_windows_anywhere_are_convolved_with(seed=0):
