@@ -19,7 +19,6 @@ from flax import traverse_util
 from attn_cnn import cli, paths
 from attn_cnn.errors import UserError
 from attn_cnn.torch_import import to_torch, torch_names, torch_shape
-from attn_cnn.training.experiment import create_experiment
 from attn_cnn.training.runs import Run, load_run
 
 SUFFIXES = (".pt", ".safetensors", ".npz")
@@ -66,7 +65,7 @@ def _write_pickle(run: Run, state_dict: dict[str, np.ndarray], path: epath.Path,
             f"writing {path} needs PyTorch: pip install torch, or name a file that ends in .npz or .safetensors."
         ) from None
     content = {"model_state_dict": {name: torch.tensor(array) for name, array in state_dict.items()}}
-    epochs = run.step // create_experiment(run.config, run.spec).steps_per_epoch
+    epochs = run.step // (run.spec.train_size // run.config.batch_size)
     torch.save(content | {"epoch": epochs - 1}, file)
 
 
