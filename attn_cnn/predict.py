@@ -1,14 +1,16 @@
-"""Pictures of any size to class names and probabilities, with the model of a run."""
+"""Images to logits, probabilities and class names, with the network of a run; pictures in files may have any size."""
 
-import functools
+import contextlib
 import glob
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 import tabulate
 from etils import epath
-from jaxtyping import UInt8
+from jaxtyping import Array, Float, UInt8
 
 from attn_cnn import paths
 from attn_cnn.errors import UserError
@@ -16,6 +18,7 @@ from attn_cnn.training import augment, pictures
 from attn_cnn.training.runs import Run
 
 SHOWN = 3  # of the most probable classes
+Interceptor = Callable[..., Any]  # as flax.linen.intercept_methods takes it
 
 
 def find_pictures(patterns: Iterable[str]) -> list[epath.Path]:
@@ -36,13 +39,37 @@ def find_pictures(patterns: Iterable[str]) -> list[epath.Path]:
     return found
 
 
-def predict(run: Run, images: UInt8[np.ndarray, "batch height width channels"]) -> np.ndarray:
-    """Returns the probabilities of the classes, (batch, classes), for pictures of the size of the run's data."""
-    x = augment.normalize(images, run.mean, run.std)
-    variables = {"params": run.params, "batch_stats": run.batch_stats}
+def variables(run: Run) -> dict:
+    """Returns what the run's network is applied to; as arguments of a compiled function it is not folded into it."""
+    return {"params": run.params, "batch_stats": run.batch_stats}
+
+
+def network(
+    run: Run,
+    variables: dict,
+    images: UInt8[Array | np.ndarray, "batch height width channels"],
+    interceptor: Interceptor | None = None,
+) -> Float[Array, "batch classes"]:
+    """Returns the logits of pictures, with calls to the network's modules going by `interceptor`."""
+    with nn.intercept_methods(interceptor) if interceptor else contextlib.nullcontext():
+        result: Any = run.model.apply(variables, augment.normalize(images, run.mean, run.std), train=False)
+        return result
+
+
+def logits(
+    run: Run, images: UInt8[np.ndarray, "images height width channels"], interceptor: Interceptor | None = None
+) -> Float[np.ndarray, "images classes"]:
+    """Returns the logits of all `images`, computed in batches of config.eval_batch_size."""
+    size = run.config.eval_batch_size
     with jax.default_matmul_precision(run.config.matmul_precision):
-        logits = jax.jit(functools.partial(run.model.apply, train=False))(variables, x)
-    return np.asarray(jax.nn.softmax(logits))
+        of_batch = jax.jit(lambda variables, batch: network(run, variables, batch, interceptor))
+        starts = range(0, len(images), size)
+        return np.concatenate([of_batch(variables(run), images[start : start + size]) for start in starts])
+
+
+def predict(run: Run, images: UInt8[np.ndarray, "images height width channels"]) -> Float[np.ndarray, "images classes"]:
+    """Returns the probabilities of the classes for pictures of the size of the run's data."""
+    return np.asarray(jax.nn.softmax(logits(run, images)))
 
 
 def describe(run: Run, files: list[epath.Path]) -> str:

@@ -1,5 +1,8 @@
 """Pictures of any size become class names and probabilities, as the run's own test images do."""
 
+from pathlib import Path
+
+import flax.linen as nn
 import numpy as np
 import PIL.Image
 import program
@@ -27,6 +30,22 @@ def test_the_runs_own_test_images_are_predicted_as_its_evaluation_counts_them(wo
     np.testing.assert_allclose(probabilities.sum(-1), 1, rtol=1e-5)
     accuracy = (probabilities.argmax(-1) == digits.test_labels).mean()
     assert accuracy == pytest.approx(train.evaluate(run.config, workdir)["accuracy"])
+
+
+def test_images_are_predicted_in_batches_of_eval_batch_size_as_they_are_one_by_one():
+    run = load_run(Path(__file__).parent / "workdirs" / "before_11_quadratic")
+    run.config.eval_batch_size, images, sizes = 2, data.load("digits").test_images[:3], set()
+
+    def keep_size(next_call, args, kwargs, context):
+        if isinstance(context.module, nn.Dense):
+            sizes.add(len(args[0]))
+        return next_call(*args, **kwargs)
+
+    with nn.intercept_methods(keep_size):
+        together = predict.predict(run, images)
+    assert sizes == {2, 1}
+    alone = [predict.predict(run, image[None]) for image in images]
+    np.testing.assert_allclose(together, np.concatenate(alone), rtol=1e-5)
 
 
 @pytest.mark.slow

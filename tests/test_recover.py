@@ -14,7 +14,7 @@ from etils import epath
 
 from attn_cnn.convolution import recover as recover_lib
 from attn_cnn.convolution import report as report_lib
-from attn_cnn.convolution.evaluation import evaluation_data, logits
+from attn_cnn.convolution.evaluation import evaluation_data
 from attn_cnn.convolution.kernels import Window
 from attn_cnn.convolution.recover import recover, recover_maps
 from attn_cnn.convolution.replace import Cut, replaced_config, replaced_params, replacing, sees_all, tuned_run
@@ -22,6 +22,7 @@ from attn_cnn.convolution.theorem import EXACT_SPREAD
 from attn_cnn.errors import UserError
 from attn_cnn.maps import Maps, write
 from attn_cnn.model import create_model, has_heads
+from attn_cnn.predict import logits
 from attn_cnn.training.data import SPECS
 from attn_cnn.training.experiment import create_experiment, random_state
 from attn_cnn.training.runs import Run, load_run

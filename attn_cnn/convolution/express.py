@@ -19,10 +19,11 @@ from etils import epath
 from jaxtyping import Array, Float, UInt8
 
 from attn_cnn.attention import ConvolutionalAttention
-from attn_cnn.convolution.evaluation import accuracy, evaluation_data, logits, network, variables
+from attn_cnn.convolution.evaluation import accuracy, evaluation_data
 from attn_cnn.convolution.theorem import attention_from_convolution
 from attn_cnn.errors import UserError
 from attn_cnn.model import create_model
+from attn_cnn.predict import logits, network, variables
 from attn_cnn.report import count_parameters
 from attn_cnn.training import workdir as workdir_lib
 from attn_cnn.training.experiment import create_experiment, state_of

@@ -18,8 +18,8 @@ from jaxtyping import Array, Float, UInt8
 
 from attn_cnn import schema, train
 from attn_cnn.attention import SelfAttention
-from attn_cnn.convolution.evaluation import Interceptor, network, variables
 from attn_cnn.convolution.kernels import Window
+from attn_cnn.predict import Interceptor, network, variables
 from attn_cnn.training import workdir as workdir_lib
 from attn_cnn.training.experiment import create_experiment, state_of
 from attn_cnn.training.runs import Run, load_run
