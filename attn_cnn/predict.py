@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, UInt8
 from attn_cnn import paths
 from attn_cnn.errors import UserError
 from attn_cnn.training import augment, pictures
+from attn_cnn.training.experiment import precision_of
 from attn_cnn.training.runs import Run
 
 SHOWN = 3  # of the most probable classes
@@ -61,7 +62,7 @@ def logits(
 ) -> Float[np.ndarray, "images classes"]:
     """Returns the logits of all `images`, computed in batches of config.eval_batch_size."""
     size = run.config.eval_batch_size
-    with jax.default_matmul_precision(run.config.matmul_precision):
+    with precision_of(run.config):
         of_batch = jax.jit(lambda variables, batch: network(run, variables, batch, interceptor))
         starts = range(0, len(images), size)
         return np.concatenate([of_batch(variables(run), images[start : start + size]) for start in starts])

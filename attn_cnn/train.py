@@ -16,7 +16,7 @@ from attn_cnn.training import checkpoint, cluster, data, devices
 from attn_cnn.training import workdir as workdir_lib
 from attn_cnn.training.checkpoint import Checkpoints
 from attn_cnn.training.dataset import Dataset
-from attn_cnn.training.experiment import Experiment, TrainState, checked, create_experiment, what_happens
+from attn_cnn.training.experiment import Experiment, TrainState, checked, create_experiment, precision_of, what_happens
 from attn_cnn.training.loop import Loop
 from attn_cnn.training.metrics import Writer
 from attn_cnn.training.progress import progress_line, words
@@ -44,7 +44,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, profile: b
     dataset = load_data(config)
     experiment = create_experiment(config, dataset.spec)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(jax.default_matmul_precision(experiment.config.matmul_precision))
+        stack.enter_context(precision_of(config))
         interrupt = stack.enter_context(Interrupt())
         check_start(experiment, workdir)
         devices.on_every_host(lambda: claim(workdir, experiment, stack) if jax.process_index() == 0 else None)
@@ -131,7 +131,7 @@ def evaluate(
     experiment = as_left(create_experiment(config, dataset.spec), workdir)
     step, state = restore(experiment, workdir, step)
     images, labels = devices.replicate((dataset.test_images, dataset.test_labels))
-    with Interrupt() as interrupt, jax.default_matmul_precision(experiment.config.matmul_precision):
+    with Interrupt() as interrupt, precision_of(config):
         results = create_evaluate(experiment, images, labels, interrupt)(devices.replicate(state))
     if results is None:
         raise Stopped("evaluation stopped.", interrupt.signal or signal.SIGTERM)

@@ -28,7 +28,7 @@ TOLERANCE = 1e-4
 
 
 def run_of(model, params, batch_stats=None):
-    config, channels = ml_collections.ConfigDict({"model": model}), model.image_shape[-1]
+    config, channels = ml_collections.ConfigDict({"model": model, "matmul_precision": "default"}), model.image_shape[-1]
     mean, std = (0.0,) * channels, (1.0,) * channels
     spec = Spec(tuple(model.image_shape), mean, std, 1, tuple(str(n) for n in range(model.classes)))
     return Run(create_model(model), params, batch_stats or {}, config, mean, std, 0, spec)

@@ -26,7 +26,7 @@ from attn_cnn.model import create_model
 from attn_cnn.predict import logits, network, variables
 from attn_cnn.report import count_parameters
 from attn_cnn.training import workdir as workdir_lib
-from attn_cnn.training.experiment import create_experiment, state_of
+from attn_cnn.training.experiment import create_experiment, precision_of, state_of
 from attn_cnn.training.runs import Run, load_run
 
 LAYER_IMAGES = 100  # that layers are compared and timed on
@@ -109,8 +109,9 @@ def compare_layers(run: Run, spread: float, images: UInt8[np.ndarray, "_ height 
             found.append((module.path, module.clone(parent=None), module.variables["params"], args[0]))
         return out
 
-    network(run, variables(run), images[:LAYER_IMAGES], keep)
-    return [compare("/".join(path), module, params, x, spread) for path, module, params, x in found]
+    with precision_of(run.config):
+        network(run, variables(run), images[:LAYER_IMAGES], keep)
+        return [compare("/".join(path), module, params, x, spread) for path, module, params, x in found]
 
 
 def compare(name: str, convolution: nn.Conv, params: dict, x: Float[Array, "_ H W in"], spread: float) -> Layer:

@@ -35,6 +35,7 @@ from attn_cnn.model import kinds_and_heads
 from attn_cnn.predict import logits
 from attn_cnn.training import augment
 from attn_cnn.training.dataset import Dataset
+from attn_cnn.training.experiment import precision_of
 from attn_cnn.training.runs import Run
 
 SIDES = (1, 3, 5, 7)
@@ -120,7 +121,8 @@ def maps_of_run(run: Run, images: UInt8[np.ndarray, "images height width channel
         for start in range(0, len(images), size):
             yield maps(run.params, augment.normalize(images[start : start + size], run.mean, run.std))
 
-    return dict(zip(numbers, averages(batches()), strict=True))
+    with precision_of(run.config):
+        return dict(zip(numbers, averages(batches()), strict=True))
 
 
 def layer_params(params: dict, number: int) -> dict:
@@ -170,7 +172,8 @@ def recover(run: Run, images: int, tune: epath.Path | None = None) -> Report:
         number = report["layer"]
         own = layer_params(run.params, number)
         if not encoding_class(run.config.model.encoding).needs_x:
-            add_parameters(report, own)
+            with precision_of(run.config):
+                add_parameters(report, own)
         layer = Layer(report["kernels"], np.asarray(own["value"]["kernel"]))
         report["energy"] = layer.energy()
         cuts[number] = windows_of(layer)

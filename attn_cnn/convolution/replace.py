@@ -21,7 +21,7 @@ from attn_cnn.attention import SelfAttention
 from attn_cnn.convolution.kernels import Window
 from attn_cnn.predict import Interceptor, network, variables
 from attn_cnn.training import workdir as workdir_lib
-from attn_cnn.training.experiment import create_experiment, state_of
+from attn_cnn.training.experiment import create_experiment, precision_of, state_of
 from attn_cnn.training.runs import Run, load_run
 
 TUNED_SIDE = 3
@@ -98,7 +98,7 @@ def layer_errors(
     """Returns, for each layer and each of its cuts, the error of its output when it is given what reaches it there."""
     size = run.config.eval_batch_size
     step = jax.jit(lambda variables, batch: _squares(run, cuts, variables, batch))
-    with jax.default_matmul_precision(run.config.matmul_precision):
+    with precision_of(run.config):
         squares = [
             jax.tree.map(lambda a: np.asarray(a, np.float64), step(variables(run), images[start : start + size]))
             for start in range(0, len(images), size)

@@ -40,6 +40,7 @@ from attn_cnn.heads import history as history_lib
 from attn_cnn.heads.measure import stacked
 from attn_cnn.maps import Maps
 from attn_cnn.training import augment, data
+from attn_cnn.training.experiment import precision_of
 from attn_cnn.training.runs import Run, load_run
 
 # Encodings whose scores static/mathematics.js computes.
@@ -132,8 +133,9 @@ def layers(run: Run, images: Float[jax.Array, "_ height width channels"], steps:
     if run.config.model.name == "resnet18":
         found = list(_expressed_layers(run, steps))
     else:
-        heads = jax.jit(functools.partial(heads_of_layers, run.model))(run.params, images)
-        found = [_layer(number, layer.encoding, layer.x, half) for number, layer in heads.items()]
+        with precision_of(run.config):
+            heads = jax.jit(functools.partial(heads_of_layers, run.model))(run.params, images)
+            found = [_layer(number, layer.encoding, layer.x, half) for number, layer in heads.items()]
     for layer, step in zip(found, attention, strict=True):
         value = step["value"].reshape(len(step["value"]), -1)
         layer["gram"] = value @ value.T
@@ -201,8 +203,9 @@ def _gaussians(run: Run) -> dict[str, np.ndarray] | None:
     model = run.config.model
     if model.name == "resnet18":
         return None
-    heads: dict[int, LayerHeads] = heads_of_layers(run.model, run.params, jnp.zeros((1, *model.image_shape)))
-    gaussians = {number: found for number, layer in heads.items() if (found := layer.encoding.gaussians())}
+    with precision_of(run.config):
+        heads: dict[int, LayerHeads] = heads_of_layers(run.model, run.params, jnp.zeros((1, *model.image_shape)))
+        gaussians = {number: found for number, layer in heads.items() if (found := layer.encoding.gaussians())}
     if not heads or len(gaussians) < len(heads):
         return None
     return stacked(

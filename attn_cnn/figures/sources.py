@@ -21,6 +21,7 @@ from attn_cnn.heads.views import View
 from attn_cnn.maps import Maps
 from attn_cnn.model import has_heads
 from attn_cnn.training import augment, data, pictures
+from attn_cnn.training.experiment import precision_of
 from attn_cnn.training.runs import Run
 
 Query = tuple[int, int]
@@ -134,7 +135,7 @@ class RunSource:
 
     def _apply(self, function: Callable[[dict, jax.Array], Any], images: Images) -> Any:
         run = self.run
-        with jax.default_matmul_precision(run.config.matmul_precision):
+        with precision_of(run.config):
             return function(run.params, augment.normalize(images, run.mean, run.std))
 
 

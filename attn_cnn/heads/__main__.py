@@ -32,7 +32,7 @@ from attn_cnn.maps import Maps
 from attn_cnn.model import has_heads
 from attn_cnn.training import augment, data
 from attn_cnn.training import workdir as workdir_lib
-from attn_cnn.training.experiment import create_experiment
+from attn_cnn.training.experiment import create_experiment, precision_of
 from attn_cnn.training.runs import Run, load_config, load_run, restore
 
 GOES_WITH = {"json": "report", "maps": "report", "out": "prune", "heads": "prune"}
@@ -55,9 +55,9 @@ def report(run: Run) -> list[dict[str, Any]]:
     """
     if not has_heads(run.config.model):
         raise UserError("this run has no heads to report.")
-    with jax.default_matmul_precision(run.config.matmul_precision):
+    with precision_of(run.config):
         by_layer = jax.jit(lambda params, images: measure(run.model, params, images))(run.params, images_of(run))
-    reasons = degenerate(run.model, run.params, run.config.model.image_shape)
+        reasons = degenerate(run.model, run.params, run.config.model.image_shape)
     return as_rows(by_layer, reasons)
 
 

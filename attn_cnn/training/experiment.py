@@ -1,5 +1,6 @@
 """What follows from a config: its check, model and optimizer, the state, and the sequence of what happens in a run."""
 
+import contextlib
 import enum
 import functools
 import math
@@ -101,6 +102,11 @@ def check_name(name: str) -> None:
     known = set(FIELDS) | model | {"model.name"}
     if not any(field == name or field.startswith(f"{name}.") for field in known):
         raise UserError(f"unknown field config.{name}; {schema.suggestion(name, known, 'config.')}")
+
+
+def precision_of(config: ml_collections.ConfigDict) -> contextlib.AbstractContextManager[None]:
+    """Returns the context in which matrix products are as precise as a run's config says."""
+    return jax.default_matmul_precision(config.matmul_precision)
 
 
 class Sums(flax.struct.PyTreeNode):
