@@ -44,7 +44,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, profile: b
     dataset = load_data(config)
     experiment = create_experiment(config, dataset.spec)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(precision_of(config))
+        stack.enter_context(precision_of(experiment.config))
         interrupt = stack.enter_context(Interrupt())
         check_start(experiment, workdir)
         devices.on_every_host(lambda: claim(workdir, experiment, stack) if jax.process_index() == 0 else None)
@@ -131,7 +131,7 @@ def evaluate(
     experiment = as_left(create_experiment(config, dataset.spec), workdir)
     step, state = restore(experiment, workdir, step)
     images, labels = devices.replicate((dataset.test_images, dataset.test_labels))
-    with Interrupt() as interrupt, precision_of(config):
+    with Interrupt() as interrupt, precision_of(experiment.config):
         results = create_evaluate(experiment, images, labels, interrupt)(devices.replicate(state))
     if results is None:
         raise Stopped("evaluation stopped.", interrupt.signal or signal.SIGTERM)
