@@ -11,8 +11,9 @@ import time
 from collections.abc import Iterable
 
 import jax
-from absl import app, flags, logging
+from absl import flags, logging
 
+from attn_cnn import cli
 from attn_cnn.training.experiment import Next
 from attn_cnn.training.loop import Loop
 from benchmarks import common
@@ -54,4 +55,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main, config=False)

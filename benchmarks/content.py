@@ -10,9 +10,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+from absl import flags
 from jaxtyping import Array, Float
 
+from attn_cnn import cli
 from attn_cnn.encodings import QueryEncoding, Tables, encoding_class
 from attn_cnn.layers import LinearMap
 from benchmarks import common
@@ -88,4 +89,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main, config=False)

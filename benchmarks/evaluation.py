@@ -3,8 +3,9 @@
 python -m benchmarks.evaluation  # about a minute on 2 cores
 """
 
-from absl import app, flags
+from absl import flags
 
+from attn_cnn import cli
 from benchmarks import common
 from configs import learned, quadratic
 
@@ -27,4 +28,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main, config=False)

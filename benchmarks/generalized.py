@@ -16,9 +16,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+from absl import flags
 from jaxtyping import Array, Float
 
+from attn_cnn import cli
 from attn_cnn.encodings import SPREAD_STD, QuadraticGeneralized
 from benchmarks import common
 
@@ -134,4 +135,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main, config=False)

@@ -8,8 +8,9 @@ Epochs of the loop, without evaluations and checkpoints, alternate with as many 
 import statistics
 
 import jax
-from absl import app, flags, logging
+from absl import flags, logging
 
+from attn_cnn import cli
 from attn_cnn.training import devices
 from attn_cnn.training.experiment import random_state
 from attn_cnn.training.steps import Inputs
@@ -47,4 +48,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main, config=False)

@@ -13,8 +13,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
-from absl import app, flags
+from absl import flags
 
+from attn_cnn import cli
 from attn_cnn.attention import SelfAttention
 from attn_cnn.layers import Convolution, LinearMap
 from attn_cnn.mixing import UNBOUNDED, Device
@@ -80,4 +81,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main, config=False)

@@ -6,10 +6,9 @@ python -m benchmarks.spread_error  # half a minute on 2 cores
 import jax
 import numpy as np
 import tabulate
-from absl import app
 from etils import epath
 
-from attn_cnn import drawing
+from attn_cnn import cli, drawing
 from attn_cnn.attention import ConvolutionalAttention
 from attn_cnn.convolution import attention_from_convolution
 from attn_cnn.convolution.theorem import error_bound
@@ -54,4 +53,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main, config=False)

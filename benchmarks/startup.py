@@ -9,7 +9,9 @@ import sys
 import tempfile
 import time
 
-from absl import app, flags
+from absl import flags
+
+from attn_cnn import cli
 
 ROUNDS = flags.DEFINE_integer("rounds", 5, "Starts that count; one before them fills the caches.")
 
@@ -38,4 +40,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main, config=False)

@@ -8,8 +8,9 @@
 Rates are the compiler's FLOPs over the time, beside a float32 product of 2048x2048 matrices in the same run.
 """
 
-from absl import app, flags
+from absl import flags
 
+from attn_cnn import cli
 from benchmarks import common
 from configs import learned, quadratic
 
@@ -43,4 +44,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main, config=False)

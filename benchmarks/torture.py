@@ -21,10 +21,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import tabulate
-from absl import app, flags, logging
+from absl import flags, logging
 from etils import epath
 
 import attn_cnn
+from attn_cnn import cli
 from attn_cnn.training import metrics
 
 KILLS = flags.DEFINE_integer("kills", 60, "Kills in all, spread over the runs.")
@@ -148,4 +149,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main, config=False)
