@@ -326,7 +326,7 @@ class QuadraticGeneralized(CenteredEncoding, name="quadratic_generalized"):
         With u = kappa + 1/kappa - 2 = tr^2/det - 4 it is u + u^2/2 + u sqrt(u + u^2/4), whose gradient is finite at the
         identity.
         """
-        precision = self.spreads @ self.spreads.mT
+        precision = self.gaussians().precisions
         a, b, c = precision[:, 0, 0], precision[:, 0, 1], precision[:, 1, 1]
         u = ((a - c) ** 2 + 4 * b**2) / jnp.linalg.det(precision)
         square = u + u**2 / 4

@@ -1,16 +1,19 @@
-"""Whatever is computed with a run, its matrix products are as precise as its config says."""
+"""Matrix products are as precise as a run's config says where its network is computed, and float32 in formulas."""
 
 from pathlib import Path
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attn_cnn import load_run
+from attn_cnn import attention_from_convolution, convolution_from_attention, load_run
 from attn_cnn.convolution.express import compare_layers
 from attn_cnn.convolution.recover import maps_of_run
 from attn_cnn.convolution.replace import layer_errors
+from attn_cnn.convolution.theorem import EXACT_SPREAD, border_bound
+from attn_cnn.encodings import QuadraticGeneralized
 from attn_cnn.explorer import network, view
 from attn_cnn.figures.sources import RunSource
 from attn_cnn.heads.__main__ import report
@@ -42,3 +45,26 @@ def test_the_network_is_computed_in_the_precision_of_its_config(workdir, compute
     with nn.intercept_methods(keep_precision):
         compute(run)
     assert precisions == {"highest"}
+
+
+KERNEL = np.ones((3, 3, 2, 4), np.float32)
+PARAMS = attention_from_convolution(KERNEL, spread=EXACT_SPREAD)
+
+
+def penalty(spreads):
+    return QuadraticGeneralized(jnp.zeros((len(spreads), 2)), spreads).penalty().sum()
+
+
+@pytest.mark.parametrize(
+    "formula, argument",
+    [
+        (jax.value_and_grad(penalty), np.ones((3, 2, 2), np.float32)),
+        (lambda kernel: attention_from_convolution(kernel, spread=EXACT_SPREAD, groups=2), KERNEL),
+        (lambda params: convolution_from_attention(params, (5, 7)), PARAMS),
+        (lambda params: border_bound(params, (5, 7), 1.0), PARAMS),
+    ],
+    ids=["penalty", "attention from convolution", "convolution from attention", "bound at the border"],
+)
+def test_the_products_of_a_formula_are_in_float32_on_every_device(formula, argument):
+    text = jax.jit(formula).lower(argument).as_text()
+    assert text.count("dot_general") == text.count("precision = [HIGHEST, HIGHEST]")

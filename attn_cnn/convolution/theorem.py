@@ -57,7 +57,7 @@ def attention_from_convolution(
     if groups < 1 or outputs % groups:
         raise UserError(f"groups is {groups}, which does not divide the {outputs} channels out.")
     by_group = jnp.asarray(kernel_hwio, jnp.float32).reshape(rows * columns, inputs, groups, outputs // groups)
-    diagonal = jnp.einsum("higo,fg->hfigo", by_group, jnp.eye(groups))  # channels of group f reach those of f alone
+    diagonal = by_group[:, None] * jnp.eye(groups)[:, None, :, None]  # channels of group f reach those of f alone
     return {
         "centers": jnp.asarray(dilation * window(rows, columns), jnp.float32),
         "spreads": jnp.full(rows * columns, spread, jnp.float32),
@@ -161,7 +161,7 @@ def convolution_from_attention(params: dict, grid: tuple[int, int]) -> Float[Arr
       UserError: they are of no position-only layer, or the grid is larger than its tables cover.
     """
     kernels = kernels_by_shift(checked_encoding(params, grid), grid)
-    return jnp.einsum("hrc,hio->rcio", kernels, params["value"]["kernel"])
+    return jnp.einsum("hrc,hio->rcio", kernels, params["value"]["kernel"], precision="highest")
 
 
 def checked_encoding(params: dict, grid: tuple[int, int]) -> Encoding:
@@ -198,4 +198,5 @@ def border_bound(params: dict, grid: tuple[int, int], largest: float) -> Float[A
       largest: max|x|, the largest absolute value of the input.
     """
     out = outside(kernels_by_shift(checked_encoding(params, grid), grid))
-    return largest * jnp.einsum("hij,ho->ijo", out, jnp.abs(params["value"]["kernel"]).sum(1))
+    weights = jnp.abs(params["value"]["kernel"]).sum(1)
+    return largest * jnp.einsum("hij,ho->ijo", out, weights, precision="highest")
