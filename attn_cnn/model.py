@@ -167,7 +167,7 @@ def create_model(
     """
     model = checked_model(model)
     if model.name == "resnet18":
-        return resnet.ResNet18(model.classes, model.width, axis_name, jnp.dtype(dtype), model.layer)
+        return resnet.ResNet18(model.classes, model.width, axis_name, jnp.dtype(dtype), model.layer, device)
     tables = None
     if model.share_tables:
         declare = encoding_class(model.encoding).tables

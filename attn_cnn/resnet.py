@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float
 from attn_cnn import schema
 from attn_cnn.attention import ConvolutionalAttention
 from attn_cnn.layers import dense, fan_in_uniform
+from attn_cnn.mixing import Device
 
 BLOCKS_PER_STAGE = 2
 BATCH_NORM_EPSILON = 1e-5
@@ -40,10 +41,13 @@ def conv(features: int, kernel: int, stride: int, channels: int, **kwargs) -> nn
     )
 
 
-def conv3x3(layer: str, features: int, stride: int, channels: int, dtype: Any, name: str) -> nn.Module:
+def conv3x3(
+    layer: str, features: int, stride: int, channels: int, dtype: Any, device: Device | None, name: str
+) -> nn.Module:
     """A 3x3 convolution padded by one pixel or, where `layer` is attention, the attention layer in its place."""
     if layer == "attention":
-        return ConvolutionalAttention(features, (3, 3), stride, padding=((1, 1), (1, 1)), dtype=dtype, name=name)
+        pads = ((1, 1), (1, 1))
+        return ConvolutionalAttention(features, (3, 3), stride, padding=pads, dtype=dtype, device=device, name=name)
     return conv(features, 3, stride, channels, dtype=dtype, name=name)
 
 
@@ -101,13 +105,14 @@ class Block(nn.Module):
     norm: Any
     dtype: Any
     layer: str
+    device: Device | None
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch H W channels"]) -> Float[Array, "batch H2 W2 features"]:
         channels, dtype = x.shape[-1], self.dtype
-        y = conv3x3(self.layer, self.features, self.stride, channels, dtype, name="conv1")(x)
+        y = conv3x3(self.layer, self.features, self.stride, channels, dtype, self.device, name="conv1")(x)
         y = nn.relu(self.norm(name="norm1")(y))
-        y = conv3x3(self.layer, self.features, 1, self.features, dtype, name="conv2")(y)
+        y = conv3x3(self.layer, self.features, 1, self.features, dtype, self.device, name="conv2")(y)
         y = self.norm(name="norm2")(y)
         if self.stride != 1 or channels != self.features:
             x = conv(self.features, 1, self.stride, channels, dtype=dtype, name="shortcut")(x)
@@ -119,7 +124,8 @@ class ResNet18(nn.Module):
     """Four stages of two blocks, at `width` times 1, 2, 4, 8 channels; 64 is the paper's width.
 
     `axis_name` is the mapped axis over which training averages batch statistics, so that a run does not
-    depend on the number of devices. `layer` is what mixes 3x3 pixels: "convolution" or "attention".
+    depend on the number of devices. `layer` is what mixes 3x3 pixels: "convolution" or "attention". `device` is
+    what the work of attention layers is cut into blocks for; None: the device that JAX computes on.
     """
 
     classes: int
@@ -127,6 +133,7 @@ class ResNet18(nn.Module):
     axis_name: str | None = None
     dtype: Any = jnp.float32
     layer: str = "convolution"
+    device: Device | None = None
 
     @nn.compact
     def __call__(
@@ -138,7 +145,7 @@ class ResNet18(nn.Module):
     ) -> Float[Array, "batch classes"]:
         """Returns the logits of normalised images; batch statistics are those of the images that count."""
         norm = partial(BatchNorm, counts, self.axis_name, train, self.dtype)
-        x = conv3x3(self.layer, self.width, 1, images.shape[-1], self.dtype, name="conv1")(images)
+        x = conv3x3(self.layer, self.width, 1, images.shape[-1], self.dtype, self.device, name="conv1")(images)
         x = nn.relu(norm(name="norm1")(x))
         for stage, (multiple, stride) in enumerate(((1, 1), (2, 2), (4, 2), (8, 2))):
             for block in range(BLOCKS_PER_STAGE):
@@ -148,6 +155,7 @@ class ResNet18(nn.Module):
                     norm,
                     self.dtype,
                     self.layer,
+                    self.device,
                     name=f"stage{stage}_block{block}",
                 )(x)
         x = x.mean(axis=(1, 2), dtype=jnp.float32)

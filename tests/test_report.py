@@ -7,7 +7,7 @@ from test_config import EXPERIMENTS
 
 from attn_cnn import report
 from attn_cnn.model import abstract_variables
-from configs import quadratic
+from configs import quadratic, resnet18
 
 TABLE = {  # parameters, and the paper's FLOPs where it gives them
     "quadratic": (12_086_844, "6.2B"),
@@ -56,6 +56,13 @@ def test_two_digits_and_a_letter():
 def test_the_compiler_counts_at_least_the_linear_layers(model):
     linear, whole = report.paper_flops(model), report.compiled_flops(model)
     assert linear < whole < 2 * linear
+
+
+@pytest.mark.slow
+def test_the_compiler_counts_attention_in_the_place_of_convolutions_in_full():
+    convolutions, attention = (resnet18.get_config("digits").model for _ in range(2))
+    attention.layer = "attention"
+    assert report.compiled_flops(attention) >= report.compiled_flops(convolutions)
 
 
 def test_describe_names_every_parameter_and_the_totals(model):
