@@ -382,6 +382,7 @@ def test_their_last_epoch_and_their_maps_now_are_two_places(chromium, content_pa
 def test_heads_that_see_the_image_are_called_no_convolution(chromium, content_page):
     with browser.opened(chromium, content_page) as opened:
         assert opened.inner_text("#theorem-text").endswith("and the layer is no convolution.")
+        assert opened.inner_text("#theorem-title") == "The kernel at this query"
         opened.evaluate("change({ image: 'average', off: ['0:1'] })")
         settle(opened)
         assert opened.inner_text("#prediction-note").endswith("Layers see here what they saw before you changed heads.")

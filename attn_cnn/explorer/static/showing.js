@@ -169,6 +169,7 @@ function tilesOf(maps, width, top) {
 }
 
 function showMaps(shown, colors) {
+  $("introduction").hidden = onlyMoments(state.run);
   $("introduction").textContent =
     `The network sees the picture as a grid of ${finestGrid().join("\u00d7")} pixels. From the one that you choose, the query, ` +
     "each map shows how a head shares out its attention, 100% in all.";
@@ -240,7 +241,8 @@ function showHead(map, shown, colors) {
 }
 
 /** Returns what the lines over a large map are. */
-function legendOf({ P, outline, values, scores, signed: isDifference }) {
+function legendOf({ P, outline, values, scores, signed: isDifference, off }) {
+  if (off) return "This head is off.";
   const lines = [];
   if (values && !isDifference) {
     const [least, greatest] = extremes(values);
@@ -348,6 +350,7 @@ function showKernel(layer, energy, heads, colors) {
     state.part !== "total" && !isPast(state.run) ? "Position and content count together here." : [],
     isPast(state.run) ? "This is the checkpoint's." : [],
   ].flat().join(" ");
+  $("theorem-title").textContent = seesContent(layer) ? "The kernel at this query" : "The convolution in it";
   $("distance-name").textContent = seesContent(layer) ? "Distance to one pixel a head, at this query" : "Distance to the convolution of the nearest taps";
 }
 
