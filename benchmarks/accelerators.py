@@ -189,10 +189,8 @@ def products(stablehlo: str) -> dict[str, Products]:
             found = re.search(r"contracting_dims = \[([\d, ]*)\]", rest)
             summed = [int(left[int(axis)]) for axis in re.findall(r"\d+", found[1] if found else "")]
         else:  # all axes of the kernel but that of the features out
-            kernel = re.search(r"\]x\[([^\]]*)\]->", rest)
-            summed = [
-                int(n) for n, axis in zip(right, kernel[1].split(", ") if kernel else [], strict=False) if axis != "o"
-            ]
+            (axes,) = re.findall(r"\]x\[([^\]]*)\]->", rest)
+            summed = [int(n) for n, axis in zip(right[:-1], axes.split(", "), strict=True) if axis != "o"]
         types = f"{TYPES[left[-1]]} x {TYPES[right[-1]]}"
         numbers[types] += 1
         flops[types] += 2 * math.prod(summed) * math.prod(map(int, result[:-1]))

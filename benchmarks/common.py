@@ -20,7 +20,7 @@ import ml_collections
 import numpy as np
 import tabulate
 from etils import epath
-from jaxtyping import Int, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from attn_cnn.heads.history import History
 from attn_cnn.mixing import UNBOUNDED, Device
@@ -38,6 +38,7 @@ from attn_cnn.training.stopping import Interrupt
 from attn_cnn.training.tracing import Profile
 
 MATMUL = 2048
+PRODUCTS = 8
 EXAMPLES = 100
 
 
@@ -111,20 +112,25 @@ def training_side(experiment: Experiment, counted: Experiment | None = None) -> 
       experiment: the run.
       counted: the same without loops, for the compiler to count; None: made from the config.
     """
-    batch = experiment.config.batch_size
+    once, compiled, without_loops = training_step(experiment, counted or in_one_block(experiment))
+    return compiled_side(once, experiment.config.batch_size, compiled, without_loops.compile())
+
+
+def training_step(
+    experiment: Experiment, counted: Experiment
+) -> tuple[Callable[[], None], jax.stages.Compiled, jax.stages.Lowered]:
+    """Returns what makes one update of a run and waits for it, the step that it calls, and that of `counted`."""
     inputs = Inputs(*devices.replicate((*random_images(experiment), experiment.batch(0))))
-    state, places = devices.replicate(random_state(experiment)), devices.shares(batch)
-    compiled, without_loops = (
-        compile_train_step(each).lower(state, inputs, places).compile()
-        for each in (experiment, counted or in_one_block(experiment))
-    )
+    state, places = devices.replicate(random_state(experiment)), devices.shares(experiment.config.batch_size)
+    lowered, lowered_counted = (compile_train_step(each).lower(state, inputs, places) for each in (experiment, counted))
+    compiled = lowered.compile()
 
     def once():
         nonlocal state
         state, _ = compiled(state, inputs, places)
         jax.block_until_ready(state)
 
-    return compiled_side(once, batch, compiled, without_loops)
+    return once, compiled, lowered_counted
 
 
 def evaluation_side(experiment: Experiment) -> Side:
@@ -178,8 +184,17 @@ def function_side(function: Callable, *arguments: Any, images: int = 0, counted:
 
 def matmul_side() -> Side:
     """Returns the machine's own float32 product of square matrices, eight in a row, since the first runs cold."""
-    a = jax.random.normal(jax.random.key(0), (MATMUL, MATMUL)) / MATMUL**0.5
-    return function_side(lambda a: functools.reduce(jnp.matmul, [a] * 9), a)
+    return function_side(products, random_square(MATMUL, "float32"))
+
+
+def random_square(size: int, dtype: str) -> Float[Array, "{size} {size}"]:
+    """Returns a random matrix whose powers neither grow nor vanish."""
+    return jax.random.normal(jax.random.key(0), (size, size), dtype) / size**0.5
+
+
+def products(a: Float[Array, "n n"]) -> Float[Array, "n n"]:
+    """Returns a square matrix multiplied with itself `PRODUCTS` times in a row."""
+    return functools.reduce(jnp.matmul, [a] * (PRODUCTS + 1))
 
 
 def compiled_side(

@@ -9,22 +9,18 @@ matrices in the same type. Our steps and the convolution's also crop, flip and n
 them ready. It runs op by op and, as "compiled", through `torch.compile`.
 """
 
-import functools
 import itertools
 import statistics
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import tabulate
 from absl import flags
 
 from attn_cnn import cli
 from attn_cnn.errors import UserError
 from attn_cnn.mixing import Device
-from attn_cnn.training import devices
-from attn_cnn.training.experiment import Experiment, random_state
-from attn_cnn.training.steps import Inputs, compile_train_step
+from attn_cnn.training.experiment import Experiment
 from benchmarks import common
 from configs import learned, quadratic
 
@@ -48,19 +44,10 @@ TYPES = {"float32": Type("float32", "highest"), "tf32": Type("float32"), "bfloat
 
 def step_side(experiment: Experiment) -> common.Side:
     """Returns a training step, with the FLOPs that its formula has, before any compiler changes them."""
-    config = experiment.config
-    inputs = Inputs(*devices.replicate((*common.random_images(experiment), experiment.batch(0))))
-    state, places = devices.replicate(random_state(experiment)), devices.shares(config.batch_size)
-    costs = compile_train_step(common.for_device(experiment, ENDLESS)).lower(state, inputs, places).cost_analysis()
+    once, _, counted = common.training_step(experiment, common.for_device(experiment, ENDLESS))
+    costs = counted.cost_analysis()
     assert costs is not None  # XLA has them
-    compiled = compile_train_step(experiment).lower(state, inputs, places).compile()
-
-    def once():
-        nonlocal state
-        state, _ = compiled(state, inputs, places)
-        jax.block_until_ready(state)
-
-    return common.Side(once, config.batch_size, costs["flops"])
+    return common.Side(once, experiment.config.batch_size, costs["flops"])
 
 
 def torch_side(config: Any, kind: Type, compiled: bool) -> common.Side:
@@ -85,10 +72,9 @@ def torch_side(config: Any, kind: Type, compiled: bool) -> common.Side:
 
 
 def matmul_side(kind: Type, size: int) -> common.Side:
-    """Returns products of square matrices, eight in a row."""
-    a = jax.random.normal(jax.random.key(0), (size, size), kind.dtype) / size**0.5
-    product = jax.jit(lambda a: functools.reduce(jnp.matmul, [a] * 9))
-    return common.Side(lambda: jax.block_until_ready(product(a)), flops=8 * 2 * size**3)
+    """Returns products of square matrices in a row, whose FLOPs are known without a compiler."""
+    a, products = common.random_square(size, kind.dtype), jax.jit(common.products)
+    return common.Side(lambda: jax.block_until_ready(products(a)), flops=common.PRODUCTS * 2 * size**3)
 
 
 def sides_of(kind: Type, batch: int) -> dict[str, common.Side]:
