@@ -136,7 +136,8 @@ class Checkpoints:
             accuracies = {s: accuracy(metrics) for s in steps if (metrics := self.metrics(s))}
             if not accuracies:
                 log.warning("No checkpoint in %s was evaluated: the newest is taken for the best.", self.directory)
-            return [max(accuracies, key=lambda s: accuracies[s])] if accuracies else steps[:1]
+                return steps[:1]
+            return [max(accuracies, key=lambda s: accuracies[s])]
         if step not in steps:
             raise UserError(f"{self.directory} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}.")
         return [step]
