@@ -18,6 +18,10 @@ INSTALLED = {
 }
 
 
+# A GPU's compiler leaves some gradients of a model as small as this in sums of their own.
+LARGE_SUMS, SMALL_SUMS = {"tpu": 3, "gpu": 4}, {"tpu": 0.2, "gpu": 0.4}
+
+
 def needs_compiler(name):
     """The target of that name, for tests that are skipped where nothing compiles for it."""
     kind = TARGETS[name].kind
@@ -42,13 +46,13 @@ def compiled(request, target):
 
 
 @pytest.mark.slow
-def test_gradients_cross_devices_once_and_nothing_else_does_that_grows_with_the_model(compiled):
+def test_gradients_cross_devices_once_and_nothing_else_does_that_grows_with_the_model(compiled, target):
     experiment, _, text = compiled
     gradients = 4 * count_parameters(abstract_state(experiment).params)  # in float32
     small = [size for size in collectives(text) if size < 0.1 * gradients]
     large = [size for size in collectives(text) if size >= 0.1 * gradients]
-    assert 1 <= len(large) <= 4 and sum(large) <= 1.1 * gradients
-    assert sum(large) + sum(small) <= 1.3 * gradients  # batch statistics, loss, accuracy beside them
+    assert 1 <= len(large) <= LARGE_SUMS[target.kind] and sum(large) <= 1.1 * gradients
+    assert sum(small) <= SMALL_SUMS[target.kind] * gradients  # batch statistics, loss, accuracy
 
 
 @pytest.mark.slow

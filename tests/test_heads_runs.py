@@ -155,7 +155,7 @@ def test_frozen_positions_are_bitwise_what_they_were_and_all_else_moves(pruned, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["sgd", "muon"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "muon"])
 def test_without_another_run_freezing_holds_all_heads(optimizer, tmp_path):
     config = config_of(freeze="both", epochs=1, **{"optimizer.name": optimizer, "optimizer.weight_decay": 0.1})
     before = flat(random_state(create_experiment(config)).params)

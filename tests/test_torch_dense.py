@@ -1,9 +1,13 @@
 """The dense PyTorch network of the benchmark is the same function as ours, so that their times compare."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import program
 import pytest
 
 from attn_cnn.model import create_model
@@ -51,3 +55,23 @@ def test_the_same_parameters_give_the_same_loss_and_gradients(config, twins):
     gradients = export_variables({"params": gradients}, config.model)
     for name, parameter in twin.named_parameters():
         np.testing.assert_allclose(parameter.grad, gradients[name], atol=1e-5, rtol=1e-4, err_msg=name)
+
+
+STEP = """
+import torch
+from benchmarks.torch_dense import QuadraticClassifier, training_step
+from configs import quadratic
+
+model = quadratic.get_config().model
+model.update(image_shape=(8, 8, 3), layers=2, hidden_size=12, mlp_size=8)
+twin = QuadraticClassifier(model)
+before = [parameter.detach().clone() for parameter in twin.parameters()]
+training_step(twin, torch.randn(2, 8, 8, 3), torch.tensor([3, 7]), torch.{dtype})()
+assert all((a != b).any() for a, b in zip(before, twin.parameters(), strict=True))
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_training_step_moves_every_parameter(dtype):
+    # In a process of its own: PyTorch's optimizers load Triton, which crashes beside TensorFlow.
+    subprocess.run([sys.executable, "-c", STEP.format(dtype=dtype)], cwd=program.ROOT, check=True, timeout=300)
