@@ -313,11 +313,16 @@ def attention_maps(
     else:
         _, collected = module.apply({"params": params}, images, train=False, mutable=["intermediates"])
         layers = collected.get("intermediates", {})
-        in_order = sorted(layers, key=lambda name: int(name.removeprefix("layer_")))
+        in_order = sorted(layers, key=layer_number)
         maps = [layers[name]["attention"]["probabilities"][0] for name in in_order]
     if not maps:
         raise UserError(f"{type(module).__name__} has no attention layers to map.")
     return maps
+
+
+def layer_number(name: str) -> int:
+    """Returns the number of the layer that a network calls layer_0, layer_1 and so on."""
+    return int(name.removeprefix("layer_"))
 
 
 class LayerHeads(NamedTuple):
@@ -354,5 +359,5 @@ def heads_of_layers(
       images: normalised images, NHWC.
     """
     _, collected = module.apply({"params": params}, images, train=False, mutable=["heads"])
-    layers = {int(name.removeprefix("layer_")): sown["attention"] for name, sown in collected.get("heads", {}).items()}
+    layers = {layer_number(name): sown["attention"] for name, sown in collected.get("heads", {}).items()}
     return {number: LayerHeads(sown["encoding"][0], sown["x"][0]) for number, sown in sorted(layers.items())}

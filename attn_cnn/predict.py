@@ -40,11 +40,6 @@ def find_pictures(patterns: Iterable[str]) -> list[epath.Path]:
     return found
 
 
-def variables(run: Run) -> dict:
-    """Returns what the run's network is applied to; as arguments of a compiled function it is not folded into it."""
-    return {"params": run.params, "batch_stats": run.batch_stats}
-
-
 def network(
     run: Run,
     variables: dict,
@@ -65,7 +60,7 @@ def logits(
     with precision_of(run.config):
         of_batch = jax.jit(lambda variables, batch: network(run, variables, batch, interceptor))
         starts = range(0, len(images), size)
-        return np.concatenate([of_batch(variables(run), images[start : start + size]) for start in starts])
+        return np.concatenate([of_batch(run.variables, images[start : start + size]) for start in starts])
 
 
 def predict(run: Run, images: UInt8[np.ndarray, "images height width channels"]) -> Float[np.ndarray, "images classes"]:

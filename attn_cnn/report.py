@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import ml_collections
 from clu import parameter_overview
 
-from attn_cnn.attention import ConvolutionalAttention
+from attn_cnn.attention import ConvolutionalAttention, layer_number
 from attn_cnn.layers import Linear
 from attn_cnn.mixing import UNBOUNDED
 from attn_cnn.model import abstract_variables, create_model, grids
@@ -36,7 +36,7 @@ def paper_flops(model: ml_collections.ConfigDict) -> int:
             kernel = context.module.variables["params"]["value"]["kernel"]
             total += 2 * math.prod(out.shape) * math.prod(kernel.shape) // context.module.features
         elif isinstance(context.module, Linear) and not isinstance(context.module.parent, ConvolutionalAttention):
-            layer = int(context.module.path[0].removeprefix("layer_"))
+            layer = layer_number(context.module.path[0])
             total += 2 * math.prod(grids(model)[layer]) * math.prod(out.kernel.shape)  # for every pixel of its grid
         return out
 

@@ -46,7 +46,7 @@ def export_run(run: Run, path: epath.Path) -> None:
     """
     if path.suffix not in SUFFIXES:
         raise UserError(f"{path} must end in one of {', '.join(SUFFIXES)}.")
-    state_dict = export_variables({"params": run.params, "batch_stats": run.batch_stats}, run.config.model)
+    state_dict = export_variables(run.variables, run.config.model)
     content = io.BytesIO()
     if path.suffix == ".pt":
         _write_pickle(run, state_dict, path, content)

@@ -24,6 +24,7 @@ from etils import epath
 from flax import traverse_util
 
 from attn_cnn import cli, paths, schema
+from attn_cnn.attention import layer_number
 from attn_cnn.encodings import ENCODINGS, encoding_class
 from attn_cnn.errors import UserError, first_line
 from attn_cnn.model import abstract_variables, checked_model
@@ -143,7 +144,7 @@ def torch_names(path: tuple[str, ...], model: ml_collections.ConfigDict) -> list
         raise UserError("the paper's code has no grid that halves; set config.model.merge_before to ().")
     if not module.startswith("layer_"):  # tables that all layers share
         return [_torch_attention_name(i, path, model) for i in range(model.layers)]
-    layer = int(module.removeprefix("layer_"))
+    layer = layer_number(module)
     if path[1] == "attention":
         return [_torch_attention_name(layer, path[2:], model)]
     if path[1] not in _ATTENTION_LAYER:

@@ -133,7 +133,7 @@ def compile_training(experiment: Experiment, mesh: Mesh) -> Program:
 def compile_evaluation(experiment: Experiment, mesh: Mesh) -> Program:
     """Compiles the evaluation step for the devices of `mesh`."""
     config, state = experiment.config, abstract_state(experiment)
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    variables = state.variables
     step = functools.partial(steps.eval_step, experiment=experiment)
     return _compile(step, mesh, variables, config, (1, config.eval_batch_size), (), ())
 

@@ -138,7 +138,7 @@ def evaluation_side(experiment: Experiment) -> Side:
     batch = experiment.config.eval_batch_size
     inputs = Inputs(*devices.replicate((*random_images(experiment), np.int32(0))))
     state, places = random_state(experiment), devices.shares(batch)
-    variables = devices.replicate({"params": state.params, "batch_stats": state.batch_stats})
+    variables = devices.replicate(state.variables)
     compiled, without_loops = (
         compile_eval_step(each).lower(variables, inputs, places).compile()
         for each in (experiment, in_one_block(experiment))

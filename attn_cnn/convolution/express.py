@@ -23,7 +23,7 @@ from attn_cnn.convolution.evaluation import accuracy, evaluation_data
 from attn_cnn.convolution.theorem import attention_from_convolution
 from attn_cnn.errors import UserError
 from attn_cnn.model import create_model
-from attn_cnn.predict import logits, network, variables
+from attn_cnn.predict import logits, network
 from attn_cnn.report import count_parameters
 from attn_cnn.training import workdir as workdir_lib
 from attn_cnn.training.experiment import create_experiment, precision_of, state_of
@@ -110,7 +110,7 @@ def compare_layers(run: Run, spread: float, images: UInt8[np.ndarray, "_ height 
         return out
 
     with precision_of(run.config):
-        network(run, variables(run), images[:LAYER_IMAGES], keep)
+        network(run, run.variables, images[:LAYER_IMAGES], keep)
         return [compare("/".join(path), module, params, x, spread) for path, module, params, x in found]
 
 
@@ -163,7 +163,7 @@ def express(workdir: epath.PathLike, out: epath.PathLike, spread: float, step: i
         both.append(logits(side, test.test_images))
         seconds.append(time.perf_counter() - begin)
     before, after = (accuracy(side, test.test_labels) for side in both)
-    state = state_of(create_experiment(ours.config, run.spec), variables(ours), run.step)
+    state = state_of(create_experiment(ours.config, run.spec), ours.variables, run.step)
     workdir_lib.create(out, ours.config, run.spec, state, {"test_accuracy": after})
     return Expressed(
         layers=compare_layers(run, spread, test.test_images),

@@ -17,9 +17,9 @@ from etils import epath
 from jaxtyping import Array, Float, UInt8
 
 from attn_cnn import schema, train
-from attn_cnn.attention import SelfAttention
+from attn_cnn.attention import SelfAttention, layer_number
 from attn_cnn.convolution.kernels import Window
-from attn_cnn.predict import Interceptor, network, variables
+from attn_cnn.predict import Interceptor, network
 from attn_cnn.training import workdir as workdir_lib
 from attn_cnn.training.experiment import create_experiment, precision_of, state_of
 from attn_cnn.training.runs import Run, load_run
@@ -67,11 +67,6 @@ def sees_all(window: Window, height: int, width: int) -> np.ndarray:
     return rows[:, None] & columns
 
 
-def layer_number(path: tuple[str, ...]) -> int:
-    """Returns the number of the layer that a module's path, as ("layer_3", "attention"), is in."""
-    return int(path[0].removeprefix("layer_"))
-
-
 def is_attention(context: nn.module.InterceptorContext) -> bool:
     """Returns whether an intercepted call is that of an attention layer."""
     return isinstance(context.module, SelfAttention) and context.method_name == "__call__"
@@ -82,11 +77,11 @@ def replacing(cuts: Mapping[int, Cut]) -> Interceptor:
 
     def call(next_call, args, kwargs, context):
         module = context.module
-        if not is_attention(context) or layer_number(module.path) not in cuts:
+        if not is_attention(context) or layer_number(module.path[0]) not in cuts:
             return next_call(*args, **kwargs)
         x, then, *_ = args
         bias = module.variables["params"]["value"]["bias"]
-        y = convolve(x.astype(module.dtype), cuts[layer_number(module.path)]) + bias
+        y = convolve(x.astype(module.dtype), cuts[layer_number(module.path[0])]) + bias
         return then(y.astype(module.dtype)).astype(module.dtype)
 
     return call
@@ -100,7 +95,7 @@ def layer_errors(
     step = jax.jit(lambda variables, batch: _squares(run, cuts, variables, batch))
     with precision_of(run.config):
         squares = [
-            jax.tree.map(lambda a: np.asarray(a, np.float64), step(variables(run), images[start : start + size]))
+            jax.tree.map(lambda a: np.asarray(a, np.float64), step(run.variables, images[start : start + size]))
             for start in range(0, len(images), size)
         ]
     totals = jax.tree.map(lambda *batches: sum(batches), *squares)
@@ -122,7 +117,7 @@ def _squares(
             return next_call(*args, **kwargs)
         x, then, *rest = args
         y = next_call(x, None, *rest, **kwargs)
-        if (layer := layer_number(module.path)) in cuts:
+        if (layer := layer_number(module.path[0])) in cuts:
             mixed = y.astype(jnp.float32) - module.variables["params"]["value"]["bias"]
             differences = [mixed - convolve(x.astype(module.dtype), cut) for cut in cuts[layer]]
             found[layer] = [tuple(jnp.square(a).sum((0, 3)) for a in (error, mixed)) for error in differences]

@@ -16,6 +16,7 @@ from flax import traverse_util
 from jaxtyping import Bool
 
 from attn_cnn import encodings, schema
+from attn_cnn.attention import layer_number
 from attn_cnn.encodings import Encoding, encoding_class
 from attn_cnn.errors import UserError
 from attn_cnn.model import abstract_variables, has_heads, kinds_and_heads
@@ -124,10 +125,6 @@ def head_axes(model: ml_collections.ConfigDict) -> dict[Path, int | None]:
     return {path: axis(one[path], two[path]) for path in one}
 
 
-def _layer(path: Path) -> int:
-    return int(path[0].removeprefix("layer_"))
-
-
 def prune(tree: Any, model: ml_collections.ConfigDict, chosen: Mapping[int, Any]) -> Any:
     """Returns `tree` without the `chosen` heads of layers, wherever it holds the parameters of a config's `model`.
 
@@ -143,7 +140,7 @@ def prune(tree: Any, model: ml_collections.ConfigDict, chosen: Mapping[int, Any]
         # Muon's parts share the parameters out: in each, a node without leaves stands for one of the other's.
         if axis is None or not jax.tree.leaves(leaf):
             return leaf
-        return jnp.take(leaf, jnp.array(kept[_layer(path)]), axis)
+        return jnp.take(leaf, jnp.array(kept[layer_number(path[0])]), axis)
 
     def are_params(part):
         return isinstance(part, dict) and traverse_util.flatten_dict(part).keys() == paths
@@ -165,7 +162,7 @@ def reset(params: dict, fresh: dict, model: ml_collections.ConfigDict, chosen: M
         axis = axes.get(path)
         if axis is None:
             return leaf
-        mask = _mask(leaf, axis, chosen.get(_layer(path), ()))
+        mask = _mask(leaf, axis, chosen.get(layer_number(path[0]), ()))
         return jnp.where(mask, fresh[path], leaf)
 
     return traverse_util.unflatten_dict({path: of_parameter(path, leaf) for path, leaf in flat.items()})
@@ -201,7 +198,7 @@ def frozen(
         axis = axes.get(path)
         if axis is None:
             return np.array(True)
-        kept, moving = (heads[_layer(path)] for heads in surgery)
+        kept, moving = (heads[layer_number(path[0])] for heads in surgery)
         return ~_mask(leaf, axis, [kept.index(head) for head in moving])
 
     flat = traverse_util.flatten_dict(abstract_variables(model)["params"])

@@ -150,6 +150,11 @@ class TrainState(flax.struct.PyTreeNode):
     epoch: Sums
     first_bad_step: Any
 
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What the model is applied to."""
+        return {"params": self.params, "batch_stats": self.batch_stats}
+
 
 class Experiment(NamedTuple):
     """What follows from a config alone, or from it and what became of its heads.

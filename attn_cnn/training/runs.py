@@ -54,6 +54,11 @@ class Run(NamedTuple):
     step: int
     spec: Spec
 
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What the model is applied to; as an argument of a compiled function it is not folded into it."""
+        return {"params": self.params, "batch_stats": self.batch_stats}
+
 
 def load_run(workdir: epath.PathLike, step: int | str = "newest") -> Run:
     """Opens the run in `workdir`; nothing there changes.

@@ -116,9 +116,7 @@ def first_state(experiment: Experiment) -> Start:
         surgery = surgery.with_reset({}) if same_heads else None
     experiment, other = create_experiment(config, experiment.spec, surgery), load_run(config.init_from)
     state = random_state(experiment)
-    ours = {"params": state.params, "batch_stats": state.batch_stats}
-    theirs = {"params": other.params, "batch_stats": other.batch_stats}
-    variables = started_from(ours, theirs, config.init_from, config.init_except)
+    variables = started_from(state.variables, other.variables, config.init_from, config.init_except)
     if config.degenerate_heads == "keep":
         return Start(experiment, state_of(experiment, variables), surgery, {})
     return without_degenerate(experiment, variables, surgery)

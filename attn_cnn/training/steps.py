@@ -222,10 +222,9 @@ def create_evaluate(
     starts = [devices.replicate(np.int32(s)) for s in range(0, len(labels), batch)]
 
     def evaluate(state: Any) -> dict[str, float] | None:
-        variables = {"params": state.params, "batch_stats": state.batch_stats}
         vote, results = Vote(interrupt), []
         for start in starts:
-            results.append(step(variables, Inputs(images, labels, start), places))
+            results.append(step(state.variables, Inputs(images, labels, start), places))
             stopping = vote.agreed()
             jax.block_until_ready(results[-2:][0])  # two batches in flight at most
             if stopping:
