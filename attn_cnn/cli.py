@@ -11,7 +11,7 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 from absl import app, flags
@@ -83,6 +83,13 @@ def step() -> int | str:
     if not value.isdigit():
         raise UserError(f"--step is {value!r}; it must be newest, best, or the step of a checkpoint.")
     return int(value)
+
+
+def refuse(names: Iterable[str], reason: str) -> None:
+    """Raises UserError if one of the flags was given, since it `reason`, as in "goes with report alone"."""
+    for name in names:
+        if flags.FLAGS[name].present:
+            raise UserError(f"--{name} {reason}.")
 
 
 def _parse(argv: list[str], arguments: tuple[str, ...]) -> list[str]:

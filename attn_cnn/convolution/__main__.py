@@ -43,13 +43,12 @@ def check_flags(command: str) -> None:
     if command not in COMMANDS:
         raise UserError(f"{command!r} is no command; the commands are {', '.join(COMMANDS)}.")
     for name, commands in GOES_WITH.items():
-        if command not in commands and FLAGS[name].present:
-            raise UserError(f"--{name} goes with {' or '.join(commands)}, not with {command}.")
+        if command not in commands:
+            cli.refuse((name,), f"goes with {' or '.join(commands)}, not with {command}")
     if (FLAGS.workdir is None) == (FLAGS.maps is None):
         raise UserError(f"{command} needs --workdir=RUN{', or --maps=FILE in its place' * (command == 'recover')}.")
-    for name in ("step", "images", "tune"):
-        if FLAGS.maps is not None and FLAGS[name].present:
-            raise UserError(f"--{name} goes with --workdir, not with --maps.")
+    if FLAGS.maps is not None:
+        cli.refuse(("step", "images", "tune"), "goes with --workdir, not with --maps")
     if FLAGS.out is None and (command == "express" or FLAGS.tune):
         raise UserError("--out is missing; name a folder to make, as in --out=runs/resnet18_attention.")
 

@@ -58,8 +58,7 @@ def check_flags() -> None:
     if unknown := [name for name in FLAGS.figures if name not in FIGURES]:
         raise UserError(f"--figures names {unknown[0]!r}; the figures are {', '.join(FIGURES)}.")
     if FLAGS.maps is not None:
-        if FLAGS["step"].present:
-            raise UserError("--step goes with --workdir, not with --maps.")
+        cli.refuse(("step",), "goes with --workdir, not with --maps")
         if of_runs := [name for name in FLAGS.figures if name in OF_RUNS]:
             raise UserError(f"--figures names {of_runs[0]}, which goes with --workdir, not with --maps.")
 
