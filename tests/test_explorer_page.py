@@ -61,8 +61,8 @@ def addresses(tmp_path_factory, quadratic_run, gated_run):
     """The pages of one run and of two."""
     folder = tmp_path_factory.mktemp("pages")
     (folder / "one").mkdir(), (folder / "two").mkdir()
-    one = command.page_of_runs([quadratic_run], SHOWN, False, "newest")
-    two = command.page_of_runs([quadratic_run, gated_run], SHOWN, False, "newest")
+    one = page.of_runs([quadratic_run], SHOWN, False, "newest")
+    two = page.of_runs([quadratic_run, gated_run], SHOWN, False, "newest")
     return {"one": browser.written(folder / "one", one), "two": browser.written(folder / "two", two)}
 
 
@@ -294,7 +294,7 @@ def test_an_address_of_another_page_is_understood_as_far_as_it_goes(chromium, ad
 
 def test_centers_in_an_address_are_of_heads_that_have_some(chromium, tmp_path):
     workdir = untrained(tmp_path / "learned", learned)
-    address = browser.written(tmp_path, command.page_of_runs([workdir], SHOWN, False, "newest"))
+    address = browser.written(tmp_path, page.of_runs([workdir], SHOWN, False, "newest"))
     with browser.opened(chromium, f"{address}#centers={{%220:0%22:[1,1]}}") as opened:
         assert state(opened)["centers"] == {}
 
@@ -325,7 +325,7 @@ def test_the_history_replays_the_numbers_of_every_head(two, gated_run):
 
 
 def test_a_checkpoint_that_ends_no_epoch_has_a_place_of_its_own(chromium, tmp_path, quadratic_run):
-    text = command.page_of_runs([quadratic_run], SHOWN, False, 14)  # after the first of two epochs
+    text = page.of_runs([quadratic_run], SHOWN, False, 14)  # after the first of two epochs
     with browser.opened(chromium, browser.written(tmp_path, text)) as opened:
         said = []
         for place in ("0", "1", "2"):
@@ -351,7 +351,7 @@ def content_page(tmp_path_factory):
         np.broadcast_to(np.eye(2, dtype=np.float32), (2, 1, 9, 2, 2)),
     )
     np.savez(workdir / "heads.npz", epoch=[1, 2], step=[14, 28], mean_shift=shift, covariance=covariance)
-    return browser.written(workdir, command.page_of_runs([workdir], SHOWN, False, "newest"))
+    return browser.written(workdir, page.of_runs([workdir], SHOWN, False, "newest"))
 
 
 def test_of_heads_whose_past_maps_were_not_kept_the_past_shows_no_maps_but_the_mean_shift(chromium, content_page):
@@ -689,7 +689,7 @@ def test_a_name_that_ends_a_script_is_a_name(chromium, tmp_path, quadratic_run):
 
 def test_a_resnets_page_predicts(chromium, tmp_path):
     workdir = untrained(tmp_path / "resnet", resnet18)
-    address = browser.written(tmp_path, command.page_of_runs([workdir], SHOWN, False, "newest"))
+    address = browser.written(tmp_path, page.of_runs([workdir], SHOWN, False, "newest"))
     images = data.load("digits").test_images[:50]
     expected = predict.predict(load_run(workdir), images).argmax(-1)
     with browser.opened(chromium, address) as opened:
@@ -702,7 +702,7 @@ def test_maps_of_any_transformer_make_a_page(chromium, tmp_path, images):
     maps = [np.asarray(jax.nn.softmax(np.random.default_rng(n).normal(size=(2, 3, 25)), -1)) for n in range(2)]
     maps = [np.broadcast_to(of.reshape(2, 3, 1, 1, 5, 5), (2, 3, 5, 5, 5, 5)) for of in maps]
     write(epath.Path(tmp_path / "maps.npz"), Maps(maps, images))
-    address = browser.written(tmp_path, command.page_of_maps(tmp_path / "maps.npz", 20))
+    address = browser.written(tmp_path, page.of_maps(tmp_path / "maps.npz", 20))
     with browser.opened(chromium, address) as opened:
         opened.locator("[name=image][value='1']").click()
         assert opened.locator("#images canvas").count() == (0 if images is None else 3)
@@ -723,7 +723,7 @@ def test_an_expressed_layer_is_its_convolution_at_the_border_too(chromium, tmp_p
         lambda path, a: jnp.full_like(a, 16.0) if path[-1].key == "spreads" else a, start.params
     )
     workdir_lib.create(epath.Path(workdir), experiment.config, experiment.spec, start.replace(params=exact))
-    address = browser.written(tmp_path, command.page_of_runs([workdir], SHOWN, False, "newest"))
+    address = browser.written(tmp_path, page.of_runs([workdir], SHOWN, False, "newest"))
     with browser.opened(chromium, address) as opened:
         for query in ([0, 0], [3, 4]):
             opened.evaluate("query => change({ query })", query)
@@ -733,7 +733,7 @@ def test_an_expressed_layer_is_its_convolution_at_the_border_too(chromium, tmp_p
 
 
 def test_the_page_is_served_on_this_machine(chromium, quadratic_run):
-    with command.server(command.page_of_runs([quadratic_run], SHOWN, False, "newest")) as serving:
+    with command.server(page.of_runs([quadratic_run], SHOWN, False, "newest")) as serving:
         threading.Thread(target=serving.serve_forever, daemon=True).start()
         with browser.opened(chromium, f"http://127.0.0.1:{serving.server_port}/") as opened:
             assert opened.locator("#prediction li").count() == 4

@@ -16,7 +16,8 @@ from flax import traverse_util
 from attn_cnn import maps, report, torch_export, torch_import, train
 from attn_cnn.errors import UserError
 from attn_cnn.heads import __main__ as heads_command
-from attn_cnn.heads import history
+from attn_cnn.heads import ablation, history
+from attn_cnn.heads import report as heads_report
 from attn_cnn.maps import Maps
 from attn_cnn.training import experiment as experiment_lib
 from attn_cnn.training import runs
@@ -114,7 +115,7 @@ def test_it_is_evaluated_described_reported_exported_and_imported(pruned, tmp_pa
     described = report.describe(runs.model_as_left(config, workdir))
     assert "layer_0/attention/centers" in described and "layer_1/attention/centers" not in described
     run = load_run(workdir)
-    assert [(row["layer"], row["head"]) for row in heads_command.report(run)] == [(0, 0), (0, 1), (0, 2)]
+    assert [(row["layer"], row["head"]) for row in heads_report.of_run(run)] == [(0, 0), (0, 1), (0, 2)]
     torch_export.export_run(run, epath.Path(tmp_path) / "out.npz")
     state_dict, *_ = torch_import.read_checkpoint(epath.Path(tmp_path) / "out.npz")
     assert_same_bits(torch_import.import_state_dict(state_dict, run.config.model), state.params)
@@ -206,7 +207,7 @@ def test_by_hand_the_optimizers_state_of_what_remains_stays_and_the_run_goes_on(
     train.train(config, workdir)
     shutil.rmtree(workdir / "checkpoints" / "28")
     chosen = {0: {1, 4}, 1: {0, 1, 2, 3, 4}}
-    assert heads_command.prune(workdir, out, chosen, "newest") == 14
+    assert ablation.prune(workdir, out, chosen, "newest") == 14
     before, after = leaves_of(config, workdir), leaves_of(config, out)
     moments = [name for name in after if name.startswith(".opt_state") and "['layer_0']['attention']" in name]
     assert moments and all(np.any(after[name]) for name in moments)
@@ -216,7 +217,7 @@ def test_by_hand_the_optimizers_state_of_what_remains_stays_and_the_run_goes_on(
     assert int(train.train(config, out).step) == 28
     assert load_run(out).config.model.heads == (3, 0)
     with pytest.raises(UserError, match="holds a run already"):
-        heads_command.prune(workdir, out, {0: {0}}, "newest")
+        ablation.prune(workdir, out, {0: {0}}, "newest")
 
 
 @pytest.mark.slow
@@ -256,7 +257,7 @@ def test_heads_that_are_none_are_named(words, message):
 
 def test_heads_that_the_run_does_not_have_are_answered_with_those_that_there_are(other, tmp_path):
     with pytest.raises(UserError, match="--heads names 1:7, but the heads are 0:0 to 0:4, 1:0 to 1:4"):
-        heads_command.prune(other, tmp_path / "new", {1: {7}}, "newest")
+        ablation.prune(other, tmp_path / "new", {1: {7}}, "newest")
     assert not (tmp_path / "new").exists()
 
 

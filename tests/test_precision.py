@@ -16,7 +16,7 @@ from attn_cnn.convolution.theorem import EXACT_SPREAD, border_bound
 from attn_cnn.encodings import QuadraticGeneralized
 from attn_cnn.explorer import network, view
 from attn_cnn.figures.sources import RunSource
-from attn_cnn.heads.__main__ import report
+from attn_cnn.heads import report
 from attn_cnn.predict import predict
 
 WORKDIRS = Path(__file__).parent / "workdirs"
@@ -25,7 +25,7 @@ COMPUTED = {
     "probabilities of classes": ("11_gated", lambda run: predict(run, IMAGES)),
     "maps": ("11_gated", lambda run: maps_of_run(run, IMAGES)),
     "errors of layers": ("11_gated", lambda run: layer_errors(run, {}, IMAGES)),
-    "numbers of heads": ("11_gated", report),
+    "numbers of heads": ("11_gated", report.of_run),
     "figures": ("11_gated", lambda run: RunSource(run, 2).numbers()),
     "a page": ("11_gated", lambda run: view.of_run(run, "gated", 2, network.steps(run), half=False)),
     "layers beside attention": ("before_11_resnet18", lambda run: compare_layers(run, 3.0, IMAGES)),

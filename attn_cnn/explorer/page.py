@@ -1,4 +1,4 @@
-"""Views and networks to one HTML file: numbers in base64, scripts and styles inline, and a policy that allows no more.
+"""Runs to one HTML file: numbers in base64, scripts and styles inline, and a policy that allows no more.
 
 The file holds two documents, `view` and `networks`, each a JSON text and the numbers that it refers to. In the text an
 array is {"$": [dtype, shape, place]}, its place being the first byte in the numbers, which are compressed (gzip) and
@@ -10,14 +10,22 @@ import gzip
 import hashlib
 import html
 import json
+import logging
 import string
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 
+from attn_cnn import maps
+from attn_cnn.explorer import network, view
 from attn_cnn.explorer.network import Step
 from attn_cnn.explorer.view import View
+from attn_cnn.training.runs import load_run
+from attn_cnn.training.workdir import open_workdir
+
+log = logging.getLogger("attn_cnn")
 
 STATIC = epath.Path(__file__).parent / "static"
 SCRIPTS = (
@@ -35,6 +43,47 @@ POLICY = (
     "default-src 'none'; script-src '{script}'; style-src '{style}'; img-src data: blob:; base-uri 'none'; "
     "form-action 'none'"
 )
+INLINED_BYTES = 2 * 2**20  # of a network in single precision; a larger one is left out, or in half precision
+
+
+def of_runs(workdirs: Sequence[epath.PathLike], images: int, weights: bool, step: int | str) -> str:
+    """Returns the page of the runs in `workdirs`, and logs which networks it leaves out.
+
+    Args:
+      workdirs: of one run or several.
+      images: number of test images to show.
+      weights: whether a network of more than `INLINED_BYTES` is part of the page, in half precision.
+      step: which checkpoint, as `load_run` takes it.
+
+    Raises:
+      UserError: a run or its data cannot be read.
+    """
+    views: list[View] = []
+    networks: list[list[Step] | None] = []
+    for workdir in map(open_workdir, workdirs):
+        run = load_run(workdir, step)
+        steps = network.steps(run)
+        large = 4 * network.size(steps) > INLINED_BYTES
+        views.append(view.of_run(run, workdir.name, images, steps, large))
+        views[-1]["history"] = view.history(workdir)
+        if any(layer["parameters"]["encoding"] == "maps" for layer in views[-1]["layers"]):
+            log.info("%s: the page cannot compute this encoding; it has its maps, and no network.", workdir)
+            networks.append(None)
+        elif large and not weights:
+            log.info("%s: the page leaves the network out, which is large; --weights puts it in.", workdir)
+            networks.append(None)
+        else:
+            networks.append([in_half_precision(step) for step in steps] if large else steps)
+    return build(views, networks)
+
+
+def of_maps(path: epath.Path, images: int) -> str:
+    """Returns the page of the attention maps in a file, of its first images.
+
+    Raises:
+      UserError: the maps cannot be read.
+    """
+    return build([view.of_maps(path.name, maps.read(path), images)], [None])
 
 
 def build(views: list[View], networks: list[list[Step] | None]) -> str:
