@@ -23,7 +23,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.rcsetup import cycler
 
 from attn_cnn import paths, regions
-from attn_cnn.heads.views import View
+from attn_cnn.heads.views import LayerView
 from attn_cnn.regions import SHARES
 
 # Okabe and Ito's colours without yellow, which is faint on white.
@@ -144,7 +144,7 @@ def legend_of_heads(figure: Figure, heads: Iterable[int], lines: bool = True) ->
 
 
 @styled
-def attention(views: Mapping[int, View]) -> Figure:
+def attention(views: Mapping[int, LayerView]) -> Figure:
     """Draws where each head of each layer looks from the query pixel, the paper's Figure 4.
 
     Heads with a score between pixels have the contours that hold 50% and 90% of their probability, all heads of a layer
@@ -155,7 +155,7 @@ def attention(views: Mapping[int, View]) -> Figure:
     return _pixel_sets(views)
 
 
-def _contours(views: Mapping[int, View]) -> Figure:
+def _contours(views: Mapping[int, LayerView]) -> Figure:
     rows, columns = rows_and_columns(len(views))
     figure, axes = panels(rows, columns, 2.4, 2.5 + 0.5 / rows)  # the legend is half an inch
     for panel in axes.flat[len(views) :]:
@@ -175,7 +175,7 @@ def _contours(views: Mapping[int, View]) -> Figure:
     return figure
 
 
-def _pixel_sets(views: Mapping[int, View]) -> Figure:
+def _pixel_sets(views: Mapping[int, LayerView]) -> Figure:
     columns = max(len(view.heads) for view in views.values())
     figure, axes = panels(len(views), columns, 0.95, 1.15)
     for row, (number, view) in zip(axes, views.items(), strict=True):

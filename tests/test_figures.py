@@ -177,7 +177,7 @@ def test_the_papers_accuracy_stands_beside_runs_at_its_scale_alone():
 
 def some_views(heads):
     gaussians = [views.gaussian(np.array([h - 1.0, 0.5]), np.eye(2)) for h in range(heads)]
-    return {0: views.View((6, 8), (3, 4), gaussians), 2: views.View((6, 8), (3, 4), gaussians[:1])}
+    return {0: views.LayerView((6, 8), (3, 4), gaussians), 2: views.LayerView((6, 8), (3, 4), gaussians[:1])}
 
 
 def test_every_head_has_both_contours_in_its_colour_and_the_query_a_black_square():
@@ -211,7 +211,7 @@ def test_files_are_the_same_to_the_byte(kind):
 @pytest.mark.slow
 def test_the_pixels_that_are_drawn_are_the_fewest_that_hold_the_share():
     P = np.random.default_rng(0).dirichlet(np.ones(12)).reshape(3, 4)
-    figure = drawing.attention({0: views.View((3, 4), (1, 2), [P])})
+    figure = drawing.attention({0: views.LayerView((3, 4), (1, 2), [P])})
     (image,) = figure.axes[0].images
     few, many = (regions.fewest_pixels(P, share) for share in regions.SHARES)
     np.testing.assert_array_equal(image.get_array()[..., 3] > 0, many.held)

@@ -113,7 +113,7 @@ def test_the_parts_of_any_maps_are_the_squares_of_what_they_are_called(height, w
         return np.square(values).sum((-1, -2, -3, -4)).reshape(-1, 2).mean(0)
 
     expected = [squares(part) / squares(maps) for part in (by_shift, mean - by_shift, maps - mean)]
-    np.testing.assert_allclose(kernels_lib.parts(average), expected, atol=1e-12)
+    np.testing.assert_allclose(kernels_lib.dependence(average), expected, atol=1e-12)
 
 
 def test_the_best_window_is_the_one_with_most_and_among_equals_the_nearest():

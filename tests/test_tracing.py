@@ -42,13 +42,13 @@ def test_operations_are_told_apart_by_scope_and_by_what_they_compute():
 
 def test_operations_that_run_at_once_share_the_time_and_gaps_are_waiting():
     first, second = ("host", 0), ("host", 1)
-    runs = [
-        tracing.Run(first, "optimizer", 0, 4),
-        tracing.Run(first, "normalisation", 2, 6),
-        tracing.Run(first, "optimizer", 8, 10),
-        tracing.Run(second, "optimizer", 0, 10),
+    executions = [
+        tracing.Execution(first, "optimizer", 0, 4),
+        tracing.Execution(first, "normalisation", 2, 6),
+        tracing.Execution(first, "optimizer", 8, 10),
+        tracing.Execution(second, "optimizer", 0, 10),
     ]
-    times = tracing.time_by_part(runs)
+    times = tracing.time_by_part(executions)
     assert sum(times.values()) == pytest.approx(10)
     assert times["normalisation"] == pytest.approx(3 / 2)
     assert times["waiting"] == pytest.approx(2 / 2)

@@ -20,12 +20,12 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
-SHARES = (0.5, 0.9, 0.99)
+WINDOW_SHARES = (0.5, 0.9, 0.99)
 TARGET_WINDOW = 3  # a head whose best window of this side holds half its mass has a target
 
 
 class Average(NamedTuple):
-    """Attention maps of one layer, averaged over images as far as the parts above need it.
+    """Attention maps of one layer, averaged over images as far as `dependence` needs it.
 
     Attributes:
       images: number of images.
@@ -51,7 +51,7 @@ class Average(NamedTuple):
         return Average(images, mean, self.squares + share * (other.squares - self.squares))
 
 
-class Parts(NamedTuple):
+class Dependence(NamedTuple):
     """Shares of the squared probabilities; they sum to 1 for each head."""
 
     shift: Float[np.ndarray, "heads"]
@@ -89,12 +89,12 @@ def kernels(mean: Float[np.ndarray, "heads H W H W"]) -> Float[np.ndarray, "head
     return sums / queries_by_shift(height, width)
 
 
-def parts(average: Average) -> Parts:
+def dependence(average: Average) -> Dependence:
     """Returns how much of each head's squared probabilities depends on the shift, the place and the content."""
     _, height, width, _, _ = average.mean.shape
     by_shift = (np.square(kernels(average.mean)) * queries_by_shift(height, width)).sum((1, 2)) / average.squares
     by_mean = np.square(average.mean).sum((1, 2, 3, 4)) / average.squares
-    return Parts(by_shift, np.maximum(by_mean - by_shift, 0), np.maximum(1 - by_mean, 0))
+    return Dependence(by_shift, np.maximum(by_mean - by_shift, 0), np.maximum(1 - by_mean, 0))
 
 
 def window_sums(values: Float[np.ndarray, "rows columns"], side: int) -> Float[np.ndarray, "tops lefts"]:
@@ -133,7 +133,7 @@ class Shape(NamedTuple):
       peak: that probability.
       mean_shift: mean of the shift, weighted with the kernel.
       deviation: standard deviation of the shift along rows and along columns.
-      windows: side of the smallest window that holds each of `SHARES` of its mass.
+      windows: side of the smallest window that holds each of `WINDOW_SHARES` of its mass.
       target: the peak's shift, where the best `TARGET_WINDOW` window holds half the mass; else None.
     """
 
@@ -151,7 +151,7 @@ def shape(kernel: Float[np.ndarray, "rows columns"]) -> Shape:
     at = np.unravel_index(kernel.argmax(), kernel.shape)
     mass = kernel / kernel.sum()
     (row, row_deviation), (column, column_deviation) = moments(mass.sum(1), rows), moments(mass.sum(0), columns)
-    windows = tuple(smallest_window(mass, share) for share in SHARES)
+    windows = tuple(smallest_window(mass, share) for share in WINDOW_SHARES)
     peak_shift = (int(rows[at[0]]), int(columns[at[1]]))
     return Shape(
         peak_shift=peak_shift,

@@ -2,9 +2,9 @@
 
 The report is a tree of plain values (and arrays for its figure), as `report.py` writes it:
 
-    heads      of each layer: its kernel's `kernels.Shape`, the `kernels.Parts` of its squared probabilities, the center
-               and spread that it holds as parameters, and `outside`, the share of its ideal kernel that lies outside
-               the grid, averaged over queries
+    heads      of each layer: its kernel's `kernels.Shape`, the `kernels.Dependence` of its squared probabilities, the
+               center and spread that it holds as parameters, and `outside`, the share of its ideal kernel that lies
+               outside the grid, averaged over queries
     windows    of each layer and side K: the K x K window with the most energy of its kernel, that share, and the error
                of the layer's output when replaced by the convolution in that window
     accuracy   of the network on the test set when layers are replaced by those convolutions, one alone or all, and
@@ -77,10 +77,12 @@ def recover_maps(maps: Maps) -> Report:
 
 def report_of_layer(number: int, average: Average) -> Report:
     """Returns what can be said of a layer's heads from their maps alone."""
-    kernels, parts = kernels_lib.kernels(average.mean), kernels_lib.parts(average)
+    kernels, dependence = kernels_lib.kernels(average.mean), kernels_lib.dependence(average)
     shapes = list(map(kernels_lib.shape, kernels))
     heads = [
-        {"head": head} | shape._asdict() | {f"by_{name}": float(part[head]) for name, part in parts._asdict().items()}
+        {"head": head}
+        | shape._asdict()
+        | {f"by_{name}": float(share[head]) for name, share in dependence._asdict().items()}
         for head, shape in enumerate(shapes)
     ]
     targets = [shape.target for shape in shapes]

@@ -10,7 +10,7 @@ from etils import epath
 from matplotlib.figure import Figure
 
 from attn_cnn import drawing, paths
-from attn_cnn.convolution.kernels import SHARES
+from attn_cnn.convolution.kernels import WINDOW_SHARES
 from attn_cnn.convolution.recover import Report
 from attn_cnn.convolution.replace import TUNED_SIDE
 
@@ -32,7 +32,7 @@ def _pair(pair: Iterable[float], digits: int) -> str:
 
 
 def _describe_layer(layer: Report) -> str:
-    shares = [f"{share:.0%} in" for share in SHARES]
+    shares = [f"{share:.0%} in" for share in WINDOW_SHARES]
     headers = ["head", "peak at", "peak", "mean shift", "deviation", *shares, "by shift", "by place", "by content"]
     extra = [name for name in ("center", "spread", "outside") if name in layer["heads"][0]]
     rows = []

@@ -17,7 +17,7 @@ from attn_cnn.attention import LayerHeads, attention_maps, heads_of_layers
 from attn_cnn.encodings import Parts, encoding_class
 from attn_cnn.errors import UserError
 from attn_cnn.heads import measure, views
-from attn_cnn.heads.views import View
+from attn_cnn.heads.views import LayerView
 from attn_cnn.maps import Maps
 from attn_cnn.model import has_heads
 from attn_cnn.training import augment, data, pictures
@@ -100,7 +100,7 @@ class RunSource:
         layers = [np.concatenate(layer) for layer in zip(*batches, strict=True)]
         return {number: Seen(layer, own[number]) for number, layer in zip(own, layers, strict=True)}
 
-    def views(self, query: Query) -> dict[int, View]:
+    def views(self, query: Query) -> dict[int, LayerView]:
         """Returns the layers as seen from a query pixel, averaged over the images where they count."""
         seen = functools.cache(lambda: self.average([query]))
         queries = {number: in_grid(query, self.grid, grid) for number, grid in self._grids.items()}
@@ -184,10 +184,10 @@ class FileSource:
             result[number] = Seen(np.moveaxis(layer[:, :, rows, columns], 2, 1), own)
         return result
 
-    def views(self, query: Query) -> dict[int, View]:
+    def views(self, query: Query) -> dict[int, LayerView]:
         """Returns the layers as seen from a query pixel, averaged over the images."""
         return {
-            number: View(seen.probabilities.shape[3:], seen.queries[0], list(seen.probabilities[:, 0].mean(0)))
+            number: LayerView(seen.probabilities.shape[3:], seen.queries[0], list(seen.probabilities[:, 0].mean(0)))
             for number, seen in self.average([query]).items()
         }
 

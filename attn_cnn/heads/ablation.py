@@ -25,7 +25,7 @@ def prune(workdir: epath.PathLike, out: epath.PathLike, chosen: Mapping[int, set
     experiment = create_experiment(config, spec, surgery)
     if not has_heads(experiment.model_config):
         raise UserError(f"the run in {workdir} has no heads to prune.")
-    there = surgery_lib.heads_of_layers(experiment.model_config)
+    there = surgery_lib.numbers_of_heads(experiment.model_config)
     for layer, heads in chosen.items():
         if missing := heads - set(range(there.get(layer, 0))):
             raise UserError(

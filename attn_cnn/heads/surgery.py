@@ -63,7 +63,7 @@ def untouched(model: ml_collections.ConfigDict) -> Surgery:
     return Surgery(tuple(tuple(range(n)) for n in heads), ((),) * model.layers)
 
 
-def heads_of_layers(model: ml_collections.ConfigDict) -> dict[int, int]:
+def numbers_of_heads(model: ml_collections.ConfigDict) -> dict[int, int]:
     """Returns the number of heads of each attention layer that has some, by the layer's number."""
     return {n: heads for n, (kind, heads) in enumerate(kinds_and_heads(model)) if kind == "attention" and heads}
 

@@ -16,7 +16,7 @@ from attn_cnn.regions import Score
 Head = Score | Float[np.ndarray, "H W"]  # its score by shift, or its probabilities
 
 
-class View(NamedTuple):
+class LayerView(NamedTuple):
     """One layer, seen from a query pixel.
 
     Attributes:
@@ -64,7 +64,7 @@ def of_layers(
     layers: Mapping[int, LayerHeads],
     queries: Mapping[int, tuple[int, int]],
     probabilities: Callable[[int], Float[np.ndarray, "heads H W"]],
-) -> dict[int, View]:
+) -> dict[int, LayerView]:
     """Returns the views of a model's layers, by their numbers.
 
     Args:
@@ -77,11 +77,11 @@ def of_layers(
     for number, layer in layers.items():
         continuous = layer.encoding.continuous
         heads: Sequence[Head] = scores_of(layer.encoding) if continuous else list(probabilities(number))
-        views[number] = View(layer.grid, queries[number], heads)
+        views[number] = LayerView(layer.grid, queries[number], heads)
     return views
 
 
-def of_numbers(numbers: Mapping[str, np.ndarray]) -> dict[int, View]:
+def of_numbers(numbers: Mapping[str, np.ndarray]) -> dict[int, LayerView]:
     """Returns the views of a run's layers from the middle of the grid, from the numbers of one epoch.
 
     `history` documents them; heads that are no Gaussians need `central`, too (see `measure`). A layer without heads has
@@ -99,7 +99,7 @@ def of_numbers(numbers: Mapping[str, np.ndarray]) -> dict[int, View]:
         else:
             parameters = (numbers[name][number, present].astype(np.float64) for name in ("center", "precision"))
             heads = [gaussian(*of_head) for of_head in zip(*parameters, strict=True)]
-        views[number] = View(grid, middle(grid), heads)
+        views[number] = LayerView(grid, middle(grid), heads)
     return views
 
 

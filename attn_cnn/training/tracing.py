@@ -88,8 +88,8 @@ class Profile:
         jax.config.update(CACHED_BY_SCOPES, self._cached_by_scopes)
 
 
-class Run(NamedTuple):
-    """One run of an operation on a device, from `start` to `end` in nanoseconds."""
+class Execution(NamedTuple):
+    """One execution of an operation on a device, from `start` to `end` in nanoseconds."""
 
     device: tuple[str, int]
     part: str
@@ -111,7 +111,7 @@ def summary(trace: ProfileData, program: str, steps: int) -> str:
       program: the text of the compiled step.
       steps: how many there are in the trace.
     """
-    found = list(runs(trace, parts(program)))
+    found = list(executions(trace, parts(program)))
     if not found:
         return "none of the step's operations is in the trace"
     times = time_by_part(found)
@@ -151,8 +151,8 @@ def _part(line: str, multiplies: set[str]) -> str:
     return PRODUCTS if re.search(PRODUCT, line) or (called and called[1] in multiplies) else REST
 
 
-def runs(trace: ProfileData, parts: dict[str, str]) -> Iterator[Run]:
-    """Yields the runs of the operations in `parts` on this host's devices."""
+def executions(trace: ProfileData, parts: dict[str, str]) -> Iterator[Execution]:
+    """Yields the executions of the operations in `parts` on this host's devices."""
     planes = list(trace.planes)
     accelerators = [plane for plane in planes if plane.name.startswith("/device:")]
     for plane in accelerators or planes:
@@ -161,17 +161,17 @@ def runs(trace: ProfileData, parts: dict[str, str]) -> Iterator[Run]:
                 operation = event.name.removeprefix("%").partition(" ")[0]
                 if operation in parts:
                     device = plane.name, dict(event.stats).get("device_ordinal", 0)
-                    yield Run(device, parts[operation], event.start_ns, event.end_ns)
+                    yield Execution(device, parts[operation], event.start_ns, event.end_ns)
 
 
-def time_by_part(runs: Iterable[Run]) -> dict[str, float]:
-    """Returns the nanoseconds of each part, the mean of the devices, from the first run's start to the last one's end.
+def time_by_part(executions: Iterable[Execution]) -> dict[str, float]:
+    """Returns the nanoseconds of each part, the mean of the devices, from the first one's start to the last one's end.
 
     Where several operations run on a device at once they share the time; where none does it waits.
     """
     by_device: dict[tuple[str, int], list[tuple[float, int, str]]] = collections.defaultdict(list)
-    for run in runs:
-        by_device[run.device] += [(run.start, 1, run.part), (run.end, -1, run.part)]
+    for one in executions:
+        by_device[one.device] += [(one.start, 1, one.part), (one.end, -1, one.part)]
     times = dict.fromkeys(PARTS, 0.0)
     first = min(events[0] for events in map(min, by_device.values()))
     last = max(events[0] for events in map(max, by_device.values()))
