@@ -71,11 +71,12 @@ def test_profile_traces_steps(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_shorter_than_the_trace_is_traced_to_its_end(tmp_path, caplog):
+def test_a_trace_holds_no_evaluation_and_ends_before_one(tmp_path, caplog):
     caplog.set_level("INFO", "attn_cnn")
-    train.train(program.tiny_config(epochs=1, batch_size=200), tmp_path / "run", profile=True)
-    assert "is finished: 7 steps" in caplog.text and "A trace of 5 steps is in" in caplog.text
-    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+    train.train(program.tiny_config(epochs=2, batch_size=200), tmp_path / "run", profile=True)
+    assert "is finished: 14 steps" in caplog.text and "A trace of 5 steps is in" in caplog.text
+    assert caplog.text.index("A trace of 5 steps") < caplog.text.index("epoch 1")
+    assert len(list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))) == 1
 
 
 @pytest.mark.slow

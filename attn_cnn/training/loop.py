@@ -97,6 +97,7 @@ class Loop:
     def evaluate(self, step: int) -> None:
         """Evaluates on the test set or what is held out; where a signal comes, stops before the metrics are written."""
         self.clock.pause()
+        self.profiler.end()
         test = self.evaluation(self.state)
         if test is None:
             self.stop(step)

@@ -39,7 +39,10 @@ PARTS = (PRODUCTS, *SCOPES, ACROSS, REST, WAITING)
 
 
 class Profile:
-    """Writes a trace of steps FIRST to LAST of this start to `directory`, and logs its summary; with None, nothing."""
+    """Writes a trace of steps FIRST to LAST of this start to `directory`, and logs its summary; with None, nothing.
+
+    The trace ends before LAST where `end` is called, as before an evaluation, whose operations have the steps' names.
+    """
 
     def __init__(self, directory: epath.Path | None):
         self._directory, self._steps, self._tracing = directory, 0, False
@@ -54,19 +57,19 @@ class Profile:
           program: a function that returns the text of the compiled step.
         """
         self._steps, self._result, self._program = self._steps + 1, result, program
-        if self._directory is None or self._steps not in (FIRST - 1, LAST):
-            return False
-        if self._tracing:
-            self._stop()
-        else:
+        if self._directory is not None and self._steps == FIRST - 1:
             jax.block_until_ready(result)
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0  # Python's frames would be most of the trace, and slow the steps
             jax.profiler.start_trace(os.fspath(self._directory), profiler_options=options)
             self._tracing = True
-        return True
+            return True
+        return self._steps == LAST and self.end()
 
-    def _stop(self) -> None:
+    def end(self) -> bool:
+        """Ends the trace; False if none is being written."""
+        if not self._tracing:
+            return False
         jax.block_until_ready(self._result)
         jax.profiler.stop_trace()
         self._tracing = False
@@ -75,6 +78,7 @@ class Profile:
         if steps and jax.process_index() == 0:
             assert self._program is not None  # a trace begins with a step
             log.info("Where their time went:\n%s", summary(newest(self._directory), self._program(), steps))
+        return True
 
     def __enter__(self):
         self._cached_by_scopes = getattr(jax.config, CACHED_BY_SCOPES)
@@ -83,8 +87,7 @@ class Profile:
         return self
 
     def __exit__(self, *_):
-        if self._tracing:  # the run ended, or was stopped, before the last of the steps
-            self._stop()
+        self.end()
         jax.config.update(CACHED_BY_SCOPES, self._cached_by_scopes)
 
 
