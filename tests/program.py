@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from absl import flags
 from etils import epath
 
+from attn_cnn.errors import UserError
 from attn_cnn.training.metrics import read
 from configs import quadratic
 
@@ -60,6 +62,22 @@ def run_module(module, *arguments, **kwargs):
     """Runs python -m `module` to the end, which may be a failure; stdout and stderr are text."""
     command = [sys.executable, "-m", module, *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, **kwargs)
+
+
+def refusal(module, *arguments):
+    """What a command (the module that is its __main__) says against its arguments before it does anything, or ""."""
+    former = set(flags.FLAGS)
+    module.define_flags()
+    try:
+        _, command = flags.FLAGS(["command", *arguments])
+        module.check_flags(command)
+    except UserError as error:
+        return str(error)
+    finally:
+        flags.FLAGS.unparse_flags()
+        for name in set(flags.FLAGS) - former:
+            delattr(flags.FLAGS, name)
+    return ""
 
 
 def start(*arguments, devices=1, config="configs/quadratic.py:digits", tiny=True, **kwargs):

@@ -50,9 +50,9 @@ def test_factored_is_dense_for_any_grid_center_and_spread(height, width, heads, 
     params = layers["dense"].init(jax.random.key(0), x)["params"]
     params = params | {"centers": centers, "spreads": spreads}
 
-    factored, dense = (layers[m].apply({"params": params}, x) for m in ("factored", "dense"))
+    dense = layers["dense"].apply({"params": params}, x)
+    factored, collected = layers["factored"].apply({"params": params}, x, mutable=["intermediates"])
     expected = reference.softmax(reference.quadratic_scores(reference.shifts(height, width), centers, spreads))
-    _, collected = layers["factored"].apply({"params": params}, x, mutable=["intermediates"])
     probabilities = collected["intermediates"]["probabilities"][0][0]
     np.testing.assert_allclose(probabilities.sum((-2, -1)), 1, rtol=1e-5)
     np.testing.assert_allclose(probabilities, expected, atol=1e-5)
@@ -190,12 +190,12 @@ def test_the_probabilities_of_a_batch_are_never_there_at_once(encoding):
 def test_the_block_changes_nothing_but_the_order_of_sums(encoding):
     images, heads, image = 5, 6, (3, 4, 12)
     x = jax.random.normal(jax.random.key(0), (images, *image))
+    params = jax.jit(SelfAttention(encoding, heads, max_side=4).init)(jax.random.key(1), x)
     for dropout_on in ("probabilities", "factors") if encoding in SEPARABLE else ("probabilities",):
 
         def values(block, dropout_on=dropout_on):
             device = in_blocks_of(block)
             layer = SelfAttention(encoding, heads, max_side=4, dropout=0.3, dropout_on=dropout_on, device=device)
-            params = layer.init(jax.random.key(1), x)
 
             def loss(params, x):
                 return jnp.sin(layer.apply(params, x, train=True, rngs={"dropout": jax.random.key(2)})).sum()

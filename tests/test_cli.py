@@ -3,8 +3,11 @@
 import subprocess
 import sys
 
+import jax
 import program
 import pytest
+
+from attn_cnn import cli
 
 MISTAKES = {
     "scale": (["--config=configs/quadratic.py:huge"], "unknown scale 'huge'"),
@@ -16,10 +19,6 @@ MISTAKES = {
     "family": (["--config=configs/resnet18.py", "--config.model.heads=3"], "has no field 'heads'"),
     "type": (["--config=configs/quadratic.py", "--config.seed=abc"], "--config.seed=abc"),
     "value": (["--config=configs/quadratic.py", "--config.model.patch=3"], "choose one of 1, 2, 4"),
-    "one for each layer": (
-        ["--config=configs/quadratic.py:digits", "--config.model.heads=(9,4)"],
-        "config.model.heads is (9, 4), but config.model.layers is 3",
-    ),
     "mode": (["--config=configs/quadratic.py", "--mode=fly"], "train|evaluate|describe"),
     "profile": (
         ["--config=configs/quadratic.py", "--mode=describe", "--profile"],
@@ -39,7 +38,10 @@ MISTAKES = {
         "did you mean config.optimizer.learning_rate?",
     ),
     "empty workdir": (["--config=configs/quadratic.py:digits", "--workdir="], "the workdir is empty"),
-    "one slash": (["--config=configs/quadratic.py:digits", "--workdir=gs:/a/b"], "write gs://a/b"),
+    "no step": (
+        ["--config=configs/quadratic.py:digits", "--mode=evaluate", "--workdir=runs", "--step=last"],
+        "--step is 'last'; it must be newest, best, or the step of a checkpoint",
+    ),
     "step of training": (["--config=configs/quadratic.py:digits", "--step=3"], "--step goes with --mode=evaluate"),
     "images of training": (["--config=configs/quadratic.py:digits", "--images=a.png"], "goes with --mode=predict"),
     "nothing to evaluate": (
@@ -66,6 +68,15 @@ def test_a_mistake_inside_a_config_is_told_with_its_place(tmp_path):
     done = subprocess.run(command, cwd=program.ROOT, env=program.environment(), capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "mine.py, line 5: AttributeError: module 'numpy' has no attribute 'foo'" in done.stderr
+
+
+def test_a_device_that_is_full_is_told_what_helps(monkeypatch):
+    def full(*_, **__):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.\nStack")
+
+    monkeypatch.setattr(cli.app, "run", full)
+    with pytest.raises(SystemExit, match=r"set config\.micro_batch_size to a part of the batch.* allocate 9 bytes\.$"):
+        cli.run(print, config=False)
 
 
 @pytest.mark.slow

@@ -32,9 +32,14 @@ def test_a_platform_that_is_not_there_is_one_message(platform, tmp_path):
     ],
     ids=["slurm job", "slurm without its step", "kubernetes without its package"],
 )
-def test_a_cluster_half_detected_is_a_run(variables, tmp_path):
-    done = program.run(f"--workdir={tmp_path}/run", "--config.epochs=1", **variables)
-    assert "On 1 CPU device" in done.stderr and "is finished" in done.stderr
+def test_a_cluster_half_detected_is_one_process(variables):
+    script = "import logging; logging.basicConfig(level='INFO'); from attn_cnn.training import cluster; "
+    script += "cluster.initialize(None, None, None); cluster.tell()"
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(
+        command, cwd=program.ROOT, env=program.environment(**variables), capture_output=True, text=True, check=True
+    )
+    assert "On 1 CPU device (cpu), 1 process." in done.stderr
 
 
 @pytest.mark.slow

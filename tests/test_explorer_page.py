@@ -1,5 +1,6 @@
 """A person can choose, compare, touch and save everything on the page, by mouse, by touch, and by keyboard alone."""
 
+import collections
 import csv
 import functools
 import html
@@ -79,9 +80,14 @@ def two(chromium, addresses):
 
 
 def settle(opened):
-    """Waits until what was done is drawn, computed, and told to screen readers and the address."""
+    """Waits until what was done is drawn and computed."""
     opened.wait_for_timeout(120)
     wait(opened, "!waiting && $('progress').hidden")
+
+
+def tell(opened):
+    """Waits until what was done is told to screen readers and the address, too, which is done less often."""
+    settle(opened)
     opened.wait_for_timeout(450)
 
 
@@ -188,7 +194,7 @@ def test_the_numbers_under_the_pointer_are_the_models(one, quadratic_run):
 def test_a_screen_reader_hears_a_sentence_and_finds_a_table(one):
     one.focus("#maps")
     one.keyboard.press("ArrowRight")
-    settle(one)
+    tell(one)
     sentence = one.text_content("#sentence")
     assert sentence.startswith("Layer 0, head 1: center ") and sentence.endswith("% within 3x3.")
     assert one.get_attribute("#sentence", "aria-live") == "polite"
@@ -267,7 +273,7 @@ def test_the_address_holds_the_view(chromium, addresses, two):
     two.locator("[name=image][value='3']").click()
     two.mouse.move(*cell(two, "picture", 0, 1))
     two.uncheck("#on")
-    settle(two)
+    tell(two)
     address, before = two.url, state(two)
     with browser.opened(chromium, address) as opened:
         settle(opened)
@@ -468,6 +474,20 @@ def test_predictions_are_those_of_mode_predict(one, quadratic_run):
     assert ours == expected.tolist()
 
 
+def test_a_large_network_is_left_out_with_a_word_or_goes_in_in_half_precision(quadratic_run, monkeypatch, caplog):
+    caplog.set_level("INFO", "attn_cnn")
+    monkeypatch.setattr(page, "INLINED_BYTES", 4 * network.size(network.steps(load_run(quadratic_run))) - 1)
+    monkeypatch.setattr(page, "build", lambda _, networks: networks)
+    assert page.of_runs([quadratic_run], 1, False, "newest") == [None]
+    assert "leaves the network out, which is large; --weights puts it in" in caplog.text
+    (steps,) = page.of_runs([quadratic_run], 1, True, "newest")
+    sizes = collections.Counter()
+    for leaf in jax.tree.leaves(steps):
+        if hasattr(leaf, "dtype"):
+            sizes[leaf.dtype.name] += leaf.size
+    assert sizes["float16"] > 0.9 * sizes.total()
+
+
 def test_predictions_hold_in_half_precision(chromium, tmp_path, quadratic_run):
     run, images = load_run(quadratic_run), data.load("digits").test_images[:200]
     steps = network.steps(run)
@@ -655,7 +675,7 @@ def test_the_page_works_inside_a_notebook(chromium, addresses, tmp_path):
         inner = outer.frames[1]
         inner.wait_for_selector("body[data-ready]")
         inner.select_option("#head", "1")
-        settle(inner)
+        tell(inner)
         assert inner.text_content("#sentence").startswith("Layer 0, head 1: ")
         assert not inner.is_visible("#copy")  # there is no address to link to
 
@@ -671,8 +691,14 @@ def test_the_policy_allows_no_script_but_the_pages_own(chromium, addresses):
     with pytest.raises(Exception, match="Content Security Policy"):
         opened.add_script_tag(content="document.body.dataset.broken = 1")
     assert not opened.evaluate("'broken' in document.body.dataset")
-    assert opened.evaluate("fetch('https://example.org').then(() => 'sent', () => 'refused')") == "refused"
+    assert opened.evaluate(REFUSED) == "connect-src"
     context.close()
+
+
+REFUSED = """new Promise((told) => {
+  addEventListener("securitypolicyviolation", (event) => told(event.effectiveDirective));
+  fetch("https://example.org").then(() => told("nothing"), () => setTimeout(told, 1000, "nothing"));
+})"""
 
 
 def test_a_name_that_ends_a_script_is_a_name(chromium, tmp_path, quadratic_run):

@@ -102,6 +102,7 @@ def test_a_query_of_a_grid_that_halves_is_the_pixel_that_covers_it(tmp_path):
     assert [layer.probabilities.shape for layer in seen.values()] == [(1, 1, 4, 4, 4), (1, 1, 4, 2, 2), (1, 1, 4, 2, 2)]
     numbers = measure.measure(source.run.model, source.run.params, jnp.zeros((1, 8, 8, 1)), central=True)
     of_numbers = views.of_numbers(measure.stacked(numbers, 3))
+    assert of_numbers.keys() == {0, 1, 2}
     for number, view in source.views((2, 2)).items():
         assert (of_numbers[number].grid, of_numbers[number].query) == (view.grid, view.query)
         assert_close(np.array(of_numbers[number].heads), np.array(view.heads))
@@ -117,6 +118,7 @@ def test_heads_that_are_gaussians_have_the_same_contours_from_numbers_and_from_t
     source = RunSource(new_run(tmp_path / "run"), 1)
     numbers = measure.measure(source.run.model, source.run.params, jnp.zeros((1, 8, 8, 1)))
     of_numbers = views.of_numbers(measure.stacked(numbers, 2))
+    assert of_numbers.keys() == {0, 1}
     for number, view in source.views((2, 2)).items():
         rows, columns = np.mgrid[-2:2:0.25, -2:2:0.25]
         for ours, theirs in zip(view.heads, of_numbers[number].heads, strict=True):

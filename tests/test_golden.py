@@ -37,7 +37,7 @@ def loss_of(params, model, golden, train=False):
 
 
 @each_encoding_quickly
-def test_logits_and_loss(encoding, mixing):
+def test_logits_and_loss_are_the_papers(encoding, mixing):
     golden, _, model, params = load(encoding, mixing)
 
     @jax.jit
@@ -51,7 +51,7 @@ def test_logits_and_loss(encoding, mixing):
 
 @pytest.mark.slow
 @both_forms
-def test_attention_probabilities(encoding, mixing):
+def test_attention_probabilities_are_the_papers(encoding, mixing):
     golden, config, model, params = load(encoding, mixing)
     maps = attention_maps(model, params, golden.images)
     assert len(maps) == config.layers
@@ -64,7 +64,7 @@ def test_attention_probabilities(encoding, mixing):
 
 @pytest.mark.slow
 @both_forms
-def test_gradients(encoding, mixing):
+def test_gradients_are_the_papers(encoding, mixing):
     golden, config, model, params = load(encoding, mixing)
     ours = jax.jit(jax.grad(functools.partial(loss_of, model=model, golden=golden)))(params)
     ours = traverse_util.flatten_dict(ours, sep="/")
@@ -80,7 +80,7 @@ def test_gradients(encoding, mixing):
 
 @pytest.mark.slow
 @both_forms
-def test_three_optimizer_steps(encoding, mixing):
+def test_three_optimizer_steps_end_at_the_papers_parameters(encoding, mixing):
     golden, config, model, params = load(encoding, mixing)
     settings = quadratic.get_config().optimizer
     assert settings.learning_rate == golden.settings["learning_rate"]

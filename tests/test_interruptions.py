@@ -87,11 +87,14 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
 @pytest.mark.slow
 def test_a_second_ctrl_c_in_a_notebook_raises_keyboard_interrupt_and_the_save_under_way_is_whole(tmp_path):
     cell = f"""
-import logging, sys
+import logging, sys, time
 sys.path[:0] = ["{program.ROOT}", "{program.ROOT}/tests"]
 import program
 from attn_cnn import train
+from attn_cnn.training.checkpoint import Checkpoints
 from configs import quadratic
+wait = Checkpoints.wait
+Checkpoints.wait = lambda self: (time.sleep(5), wait(self))  # so that the second press comes before the stop is done
 logging.basicConfig()
 logging.getLogger("attn_cnn").setLevel("INFO")
 config = program.tiny_config(quadratic)
@@ -109,8 +112,7 @@ except KeyboardInterrupt:
     program.wait_for(process, "saving, then stopping")
     process.send_signal(signal.SIGINT)
     output = process.communicate(timeout=60)[1]
-    # The first press may have stopped the run before the second one came.
-    assert (process.returncode == 0 and "the kernel lives" in output) or "stopped at step" in output
+    assert process.returncode == 0 and "the kernel lives" in output
     assert not [path for path in (tmp_path / "run" / "checkpoints").iterdir() if "tmp" in path.name]
 
 
@@ -196,14 +198,6 @@ def test_a_full_disk_is_named_and_nothing_earlier_is_lost(finished, resume):
 
 
 @pytest.mark.slow
-def test_a_workdir_that_cannot_be_made_is_named(tmp_path):
-    (tmp_path / "file").write_text("")
-    done = program.run(f"--workdir={tmp_path}/file/run", check=False)
-    assert done.returncode == 1 and f"the workdir {tmp_path}/file/run cannot be used" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("epoch", [1, 3])
 def test_a_signal_during_evaluation_costs_neither_the_evaluation_nor_its_metrics(epoch, peaceful, finished, resume):
     # What a stop in an epoch's evaluation leaves: its last step's checkpoint, without metrics.
@@ -237,10 +231,3 @@ def test_a_byte_flipped_in_the_metrics_does_not_stop_the_run(finished, resume):
     events.write_bytes(bytes(content))
     log = resume(finished)
     assert "damaged or cut at byte" in log and "finished" in log
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("workdir", ["memory://run", "nothing://run"])
-def test_a_workdir_that_cannot_hold_checkpoints_is_refused(workdir):
-    done = program.run(f"--workdir={workdir}", check=False)
-    assert done.returncode == 1 and f"the workdir {workdir} must be a local path, or one of gs://" in done.stderr

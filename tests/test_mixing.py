@@ -1,5 +1,6 @@
 """Mixing computes the formula, the sum over heads and keys, in any form, in any blocks, within a device's memory."""
 
+import functools
 import itertools
 
 import jax
@@ -114,8 +115,8 @@ def test_dropout_on_factors_drops_whole_rows_and_columns_at_the_same_rate():
     np.testing.assert_array_equal(by_query, by_query.all(2, keepdims=True) | by_query.all(1, keepdims=True))
 
 
-def assert_blocks_compute_the_formula(heads, needs_x, blocks):
-    def in_blocks(heads, x, kernel):
+def assert_blocks_compute_the_formula(heads, needs_x, all_blocks):
+    def in_blocks(blocks, heads, x, kernel):
         return attend_in_blocks(heads, x, kernel, blocks, needs_x)
 
     def formula(heads, x, kernel):
@@ -129,13 +130,15 @@ def assert_blocks_compute_the_formula(heads, needs_x, blocks):
 
         return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(heads, X, KERNEL)
 
-    assert_trees_close(values_and_gradients(in_blocks), values_and_gradients(formula))
+    expected = values_and_gradients(formula)
+    for blocks in all_blocks:
+        assert_trees_close(values_and_gradients(functools.partial(in_blocks, blocks)), expected)
 
 
 @pytest.mark.parametrize("form, needs_x", [("factors", False), ("whole", False), ("weighted", True)])
 def test_blocks_compute_the_formula_and_its_gradients(form, needs_x):
     A = FORMS[form]
-    assert_blocks_compute_the_formula(ByImage(A) if needs_x else Fixed(A), needs_x, Blocks(2, 1, 2))
+    assert_blocks_compute_the_formula(ByImage(A) if needs_x else Fixed(A), needs_x, [Blocks(2, 1, 2)])
 
 
 ANY_BLOCKS = [
@@ -152,8 +155,7 @@ ANY_BLOCKS = [
 @each_form
 @pytest.mark.parametrize("needs_x", [False, True])
 def test_any_blocks_compute_the_formula_and_its_gradients(A, needs_x):
-    for blocks in ANY_BLOCKS:
-        assert_blocks_compute_the_formula(ByImage(A) if needs_x else Fixed(A), needs_x, blocks)
+    assert_blocks_compute_the_formula(ByImage(A) if needs_x else Fixed(A), needs_x, ANY_BLOCKS)
 
 
 def test_the_formula_is_the_sum_over_heads_and_keys():

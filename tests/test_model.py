@@ -27,7 +27,7 @@ from attn_cnn.model import (
     has_penalty,
     patches,
 )
-from configs import gated, learned, quadratic, resnet18
+from configs import learned, quadratic, resnet18
 
 LEARNED = [name for name, encoding in ENCODINGS.items() if issubclass(encoding, LearnedEncoding)]
 IMAGES = jax.random.normal(jax.random.key(0), (2, 8, 8, 1))
@@ -82,7 +82,7 @@ def test_shared_tables_reach_every_layer(encoding):
         assert np.abs(maps[0] - maps[1]).max() > 1e-3
 
 
-def test_tables_of_another_width():
+def test_tables_may_have_another_width_but_with_the_query_not():
     config = learned.get_config("digits")
     config.model.embedding_size = 20
     params = flat(abstract_variables(config.model)["params"])
@@ -94,31 +94,19 @@ def test_tables_of_another_width():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("encoding", ENCODINGS)
-def test_bfloat16_computes_close_to_float32_from_float32_parameters(encoding):
-    images = Golden("quadratic").images
-    reference = create_model(small_model(encoding))
-    model = create_model(small_model(encoding), dtype="bfloat16")
-    params = model.init(jax.random.key(0), images)
-    assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(params))
-    logits = jax.jit(model.apply)(params, images)
-    expected = jax.jit(reference.apply)(params, images)
-    assert logits.dtype == jnp.float32
-    assert 0 < np.abs(logits - expected).max() < 0.05 * np.abs(expected).max()
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_in_bfloat16_the_loss_of_every_config_is_within_a_thousandth_and_its_gradients_within_3_percent(experiment):
     config = importlib.import_module(f"configs.{experiment}").get_config("digits")
     images = jax.random.normal(jax.random.key(0), (8, *config.model.image_shape))
-    variables = create_model(config.model).init(jax.random.key(1), images)
+    variables = jax.jit(create_model(config.model, "bfloat16").init)(jax.random.key(1), images)
+    assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(variables))
 
     def loss_and_gradients(dtype):
         model = create_model(config.model, dtype)
 
         def loss(params):
             logits = model.apply(variables | {"params": params}, images)
+            assert logits.dtype == jnp.float32
             return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.arange(8)).mean()
 
         value, gradients = jax.jit(jax.value_and_grad(loss))(variables["params"])
@@ -126,7 +114,7 @@ def test_in_bfloat16_the_loss_of_every_config_is_within_a_thousandth_and_its_gra
 
     (loss, gradients), (expected, expected_gradients) = map(loss_and_gradients, ("bfloat16", "float32"))
     assert abs(loss - expected) < 1e-3 * expected
-    assert jnp.linalg.norm(gradients - expected_gradients) < 0.03 * jnp.linalg.norm(expected_gradients)
+    assert 0 < jnp.linalg.norm(gradients - expected_gradients) < 0.03 * jnp.linalg.norm(expected_gradients)
 
 
 def test_layers_have_as_many_heads_as_they_are_given_and_those_with_heads_have_maps():
@@ -246,11 +234,6 @@ def test_only_a_model_with_heads_of_full_covariance_has_a_penalty():
     assert not has_penalty(small_model(**generalized | {"layer": ("attention", "convolution"), "heads": (0, 4)}))
     assert not has_penalty(small_model(**generalized | {"encoding": "quadratic"}))
     assert not has_penalty(resnet18.get_config().model)
-
-
-def test_gated_attention_at_the_papers_scale_has_as_many_parameters_as_its_parts():
-    variables = abstract_variables(gated.get_config().model)
-    assert sum(p.size for p in jax.tree.leaves(variables)) == 29_410_098
 
 
 @pytest.mark.slow

@@ -59,12 +59,11 @@ def penalty(spreads):
     "formula, argument",
     [
         (jax.value_and_grad(penalty), np.ones((3, 2, 2), np.float32)),
-        (lambda kernel: attention_from_convolution(kernel, spread=EXACT_SPREAD, groups=2), KERNEL),
         (lambda params: convolution_from_attention(params, (5, 7)), PARAMS),
         (lambda params: border_bound(params, (5, 7), 1.0), PARAMS),
     ],
-    ids=["penalty", "attention from convolution", "convolution from attention", "bound at the border"],
+    ids=["penalty", "convolution from attention", "bound at the border"],
 )
 def test_the_products_of_a_formula_are_in_float32_on_every_device(formula, argument):
     text = jax.jit(formula).lower(argument).as_text()
-    assert text.count("dot_general") == text.count("precision = [HIGHEST, HIGHEST]")
+    assert text.count("dot_general") == text.count("precision = [HIGHEST, HIGHEST]") > 0

@@ -69,6 +69,8 @@ def test_a_picture_is_resized_and_grey_where_there_is_one_channel(tmp_path):
 def test_a_file_that_is_missing_or_no_picture_is_named(tmp_path):
     with pytest.raises(UserError, match="nothing.png, which is no file"):
         predict.find_pictures([str(tmp_path / "nothing.png")])
+    with pytest.raises(UserError, match="--mode=predict needs pictures, as in --images=cat.png"):
+        predict.find_pictures([])
     (tmp_path / "text.png").write_text("hello")
     with pytest.raises(UserError, match="text.png is no picture"):
         pictures.read(predict.find_pictures([str(tmp_path / "text.png")])[0], (8, 8, 1))

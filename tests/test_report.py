@@ -25,7 +25,7 @@ TABLE = {  # parameters, and the paper's FLOPs where it gives them
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_parameters_and_flops(experiment):
+def test_every_config_has_the_parameters_and_flops_of_the_table_and_of_its_docstring(experiment):
     module = importlib.import_module(f"configs.{experiment}")
     model, (parameters, flops) = module.get_config().model, TABLE[experiment]
     counted = report.paper_flops(model)

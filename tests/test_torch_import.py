@@ -1,10 +1,12 @@
 """Checkpoints of the paper's PyTorch code become workdirs of ours; what does not fit is named."""
 
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import program
 import pytest
 from etils import epath
 from flax import traverse_util
@@ -14,7 +16,10 @@ from attn_cnn import report, train
 from attn_cnn.errors import UserError
 from attn_cnn.model import abstract_variables, create_model
 from attn_cnn.torch_import import import_checkpoint, import_state_dict, import_variables, read_checkpoint, torch_names
+from attn_cnn.training.runs import load_run
 from configs import gated, quadratic, resnet18
+
+WORKDIRS = Path(__file__).parent / "workdirs"
 
 
 def test_every_misfit_is_named():
@@ -264,3 +269,21 @@ def test_a_resnet_is_told_from_attention():
         import_state_dict(resnet_state_dict(resnet18.get_config("small").model), Golden("quadratic").model())
     with pytest.raises(UserError, match="it is no ResNet's"):
         import_state_dict(Golden("quadratic").state_dict(), resnet18.get_config("small").model)
+
+
+# The commands
+
+
+@pytest.mark.slow
+def test_a_run_that_is_exported_and_imported_by_the_commands_is_the_same_run(tmp_path):
+    workdir, file, again = WORKDIRS / "before_11_quadratic", tmp_path / "run.npz", tmp_path / "again"
+    exported = program.run_module("attn_cnn.torch_export", file, f"--workdir={workdir}")
+    assert exported.returncode == 0, exported.stderr
+    config = load_run(workdir).config
+    fields = {name: config.model[name] for name in ("layers", "hidden_size", "mlp_size", "heads")}
+    flags = ["--config=configs/quadratic.py:digits", *(f"--config.model.{n}={v}" for n, v in fields.items())]
+    imported = program.run_module("attn_cnn.torch_import", file, *flags, f"--workdir={again}")
+    assert imported.returncode == 0, imported.stderr
+    jax.tree.map(np.testing.assert_array_equal, load_run(again).params, load_run(workdir).params)
+    without = program.run_module("attn_cnn.torch_import", *flags, f"--workdir={tmp_path / 'new'}")
+    assert without.returncode == 1 and "CHECKPOINT is missing; the command takes CHECKPOINT beside" in without.stderr

@@ -1,5 +1,6 @@
 """Runs are the same on any number of devices, and the same after any interruption."""
 
+import functools
 import json
 import os
 import random
@@ -92,21 +93,20 @@ def test_a_finished_run_says_so_and_does_nothing(uninterrupted):
 
 @pytest.mark.slow
 def test_another_config_is_refused_with_the_fields_that_differ(uninterrupted):
-    flags = (*uninterrupted.flags, "--config.seed=1")
-    done = program.run(f"--workdir={uninterrupted.workdir}", *flags, check=False)
-    assert done.returncode == 1
-    assert "another config" in done.stderr and "seed: 0 then, 1 now" in done.stderr
+    config = uninterrupted.config.copy_and_resolve_references()
+    config.seed = 1
+    with pytest.raises(UserError, match="another config(?s:.*)seed: 0 then, 1 now"):
+        train.train(config, uninterrupted.workdir)
 
 
 @pytest.mark.slow
 def test_fields_that_cannot_change_the_results_may_differ_and_the_config_on_disk_follows(uninterrupted, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(uninterrupted.workdir, workdir)
-    changes = ("--config.checkpoint.keep=2", "--config.eval_batch_size=7", "--config.micro_batch_size=50")
-    done = program.run(f"--workdir={workdir}", *uninterrupted.flags, *changes)
-    assert "is finished" in done.stderr
-    config = json.loads((workdir / "config.json").read_text())
-    assert (config["checkpoint"]["keep"], config["eval_batch_size"], config["micro_batch_size"]) == (2, 7, 50)
+    config = uninterrupted.config.copy_and_resolve_references()
+    config.update_from_flattened_dict({"checkpoint.keep": 2, "eval_batch_size": 7, "micro_batch_size": 50})
+    assert_same_bits(train.train(config, workdir), uninterrupted.state)
+    assert json.loads((workdir / "config.json").read_text()) == json.loads(config.to_json())
     assert sorted(path.name for path in workdir.iterdir()) == FILES
 
 
@@ -137,25 +137,22 @@ def test_a_normal_run_warns_of_nothing(uninterrupted):
     assert uninterrupted.output.stdout == ""
 
 
-@pytest.mark.slow
-def test_evaluation_is_the_same_on_one_and_on_four_devices(uninterrupted):
-    flags = (f"--workdir={uninterrupted.workdir}", *uninterrupted.flags, "--mode=evaluate")
-    lines = [program.run(*flags, devices=n).stderr.split(" ", 1)[1] for n in (1, 4)]
-    assert "test loss" in lines[0] and lines[0] == lines[1]
+def losses(experiment, devices, workdir, *flags):
+    """The losses of every step of an epoch, and that of the test set after it."""
+    flags += ("--config.epochs=1", "--config.log_every_steps=1")
+    if experiment == "quadratic":
+        flags += (*program.TINY, "--config.model.dropout=0.0", "--config.model.attention_dropout=0.0")
+    else:  # it multiplies rounding errors at every step, at learning rate 0.1 and with Adam by ten
+        calm = ("--config.optimizer.name=sgd", "--config.optimizer.learning_rate=0.0001")
+        flags += ("--config.model.width=2", "--config.optimizer.decay_epochs=()", *calm)
+    program.run(f"--workdir={workdir}", *flags, config=f"configs/{experiment}.py:digits", devices=devices, tiny=False)
+    return [value for tag in ("train/loss", "test/loss") for _, value in program.scalars(workdir, tag)]
 
 
-@pytest.mark.slow
-def test_losses_of_a_resnet_are_the_same_on_one_and_on_four_devices(tmp_path):
-    # It multiplies rounding errors at every step, at learning rate 0.1 and with Adam by ten.
-    calm = ("--config.optimizer.name=sgd", "--config.optimizer.learning_rate=0.0001")
-    size = ("--config.model.width=4", "--config.epochs=1", "--config.optimizer.decay_epochs=()")
-    losses = {}
-    for count in (1, 4):
-        flags = (f"--workdir={tmp_path / str(count)}", "--config.log_every_steps=1", *size, *calm)
-        program.run(*flags, config="configs/resnet18.py:digits", devices=count, tiny=False)
-        losses[count] = np.array(program.scalars(tmp_path / str(count), "train/loss"))
-    assert len(losses[1]) == 14
-    np.testing.assert_allclose(losses[1][:5], losses[4][:5], rtol=1e-5)
+@pytest.fixture(scope="module")
+def of_one_device(tmp_path_factory):
+    """A function that returns the losses of an experiment on one device."""
+    return functools.cache(lambda experiment: losses(experiment, 1, tmp_path_factory.mktemp(experiment)))
 
 
 @pytest.mark.slow
@@ -168,22 +165,11 @@ def test_losses_of_a_resnet_are_the_same_on_one_and_on_four_devices(tmp_path):
         ("resnet18", 3, ()),
     ],
 )
-def test_any_number_of_devices_takes_any_batch_with_the_losses_of_one(experiment, devices, flags, tmp_path):
+def test_any_number_of_devices_takes_any_batch_with_the_losses_of_one(
+    experiment, devices, flags, of_one_device, tmp_path
+):
     """The batch of 100 leaves 3 and 8 devices shares of different sizes, and the test set of 360 images, too."""
-    flags += ("--config.epochs=1", "--config.log_every_steps=1")
-    if experiment == "quadratic":
-        flags += (*program.TINY, "--config.model.dropout=0.0", "--config.model.attention_dropout=0.0")
-    else:
-        calm = ("--config.optimizer.name=sgd", "--config.optimizer.learning_rate=0.0001")
-        flags += ("--config.model.width=2", "--config.optimizer.decay_epochs=()", *calm)
-
-    def losses(count, *more):
-        workdir = tmp_path / str(count)
-        config = f"configs/{experiment}.py:digits"
-        program.run(f"--workdir={workdir}", *flags, *more, config=config, devices=count, tiny=False)
-        return [value for tag in ("train/loss", "test/loss") for _, value in program.scalars(workdir, tag)]
-
-    several, one = losses(devices), losses(1, "--config.micro_batch_size=0")
+    several, one = losses(experiment, devices, tmp_path, *flags), of_one_device(experiment)
     assert len(one) == 15
     np.testing.assert_allclose(several, one, rtol=1e-5)
 
@@ -225,7 +211,7 @@ def test_it_trains_evaluates_and_writes_metrics_where_tensorflow_is_not_installe
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["a b", "ümlaut", "x*?", "trailing/"])
+@pytest.mark.parametrize("name", ["a ümlaut*?", "trailing/"])
 def test_a_workdir_may_have_any_name(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = program.tiny_config(quadratic, epochs=1)
