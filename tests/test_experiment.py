@@ -6,13 +6,14 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import program
 import pytest
 from etils import epath
 from flax import traverse_util
 
 import attn_cnn
-from attn_cnn import report, train
+from attn_cnn import predict, report, train
 from attn_cnn.errors import UserError
 from attn_cnn.training import data, runs, start
 from attn_cnn.training import workdir as workdir_lib

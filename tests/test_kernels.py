@@ -70,7 +70,7 @@ def test_a_box_fills_its_window():
 def test_uniform_attention_fills_all_shifts_and_has_no_target():
     (head,) = heads_of(uniform())["heads"]
     shifts = 2 * SIDE - 1
-    assert head["windows"] == tuple(int(np.ceil(np.sqrt(share) * shifts - 1e-6)) for share in kernels_lib.SHARES)
+    assert head["windows"] == tuple(int(np.ceil(np.sqrt(share) * shifts - 1e-6)) for share in kernels_lib.WINDOW_SHARES)
     assert head["peak"] == pytest.approx(1 / SIDE**2) and head["target"] is None
     assert head["deviation"] == pytest.approx([np.sqrt((shifts**2 - 1) / 12)] * 2)
     assert head["by_shift"] == pytest.approx(1)

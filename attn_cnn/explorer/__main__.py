@@ -48,7 +48,7 @@ def main(_):
     from attn_cnn.explorer import page  # slow to load, and not needed to find a mistake in the flags
 
     if given.maps:
-        text = page.of_maps(paths.resolve(given.maps, "--maps"), given.images)
+        text = page.of_maps(given.maps, given.images)
     else:
         text = page.of_runs(given.workdir, given.images, given.weights, step)
     write(text, paths.resolve(given.out, "--out"))

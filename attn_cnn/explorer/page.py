@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from attn_cnn import maps
+from attn_cnn import maps, paths
 from attn_cnn.explorer import network, view
 from attn_cnn.explorer.network import Step
 from attn_cnn.explorer.view import View
@@ -77,12 +77,13 @@ def of_runs(workdirs: Sequence[epath.PathLike], images: int, weights: bool, step
     return build(views, networks)
 
 
-def of_maps(path: epath.Path, images: int) -> str:
+def of_maps(file: epath.PathLike, images: int) -> str:
     """Returns the page of the attention maps in a file, of its first images.
 
     Raises:
       UserError: the maps cannot be read.
     """
+    path = paths.resolve(file, "--maps")
     return build([view.of_maps(path.name, maps.read(path), images)], [None])
 
 
