@@ -17,7 +17,6 @@ INSTALLED = {
     "gpu": importlib.util.find_spec("jax_cuda13_plugin") is not None,
 }
 
-
 # A GPU's compiler leaves some gradients of a model as small as this in sums of their own.
 LARGE_SUMS, SMALL_SUMS = {"tpu": 3, "gpu": 4}, {"tpu": 0.2, "gpu": 0.4}
 
@@ -65,7 +64,8 @@ def test_there_is_no_loop_and_the_host_is_not_waited_for(compiled):
 def test_products_of_pixels_take_half_precision_forward_and_backward(compiled):
     _, program, _ = compiled
     assert program.products.keys() <= {"bfloat16 x bfloat16", "float32 x float32"}
-    assert program.products["bfloat16 x bfloat16"].number > 5
+    flops = {types: found.flops for types, found in program.products.items()}
+    assert flops["bfloat16 x bfloat16"] > 0.9 * sum(flops.values())  # the rest are of parameters with parameters
 
 
 def test_texts_are_read_for_what_they_say():
