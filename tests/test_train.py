@@ -137,6 +137,13 @@ def test_a_normal_run_warns_of_nothing(uninterrupted):
     assert uninterrupted.output.stdout == ""
 
 
+@pytest.mark.slow
+def test_evaluation_is_the_same_on_one_and_on_four_devices(uninterrupted):
+    flags = (f"--workdir={uninterrupted.workdir}", *uninterrupted.flags, "--mode=evaluate")
+    lines = [program.run(*flags, devices=n).stderr.split(" ", 1)[1] for n in (1, 4)]
+    assert "test loss" in lines[0] and lines[0] == lines[1]
+
+
 def losses(experiment, devices, workdir, *flags):
     """The losses of every step of an epoch, and that of the test set after it."""
     flags += ("--config.epochs=1", "--config.log_every_steps=1")
