@@ -28,12 +28,12 @@ SMALL = SMALL_RUN | {
     "model.dropout": 0.0,
     "model.attention_dropout": 0.0,
 }
-# The same with a grid that halves between layers: 16x16, 8x8, 4x4. It is ours, not the paper's.
+# The same with a grid that halves before each layer: 16x16, 8x8, 4x4. It is ours, not the paper's.
 PYRAMID = SMALL_RUN | {
-    "model.layers": 5,
-    "model.hidden_size": (48, 96, 96, 192, 192),
-    "model.mlp_size": (96, 192, 192, 384, 384),
-    "model.merge_before": (1, 3),
+    "model.layers": 3,
+    "model.hidden_size": (64, 128, 256),
+    "model.mlp_size": (128, 256, 512),
+    "model.merge_before": (1, 2),
     "model.dropout": 0.0,
     "model.attention_dropout": 0.0,
 }
