@@ -27,7 +27,8 @@ def modes_take_their_flags(values):
 
 def main(_):
     from attn_cnn import predict, report, train  # not needed to find a mistake in the flags
-    from attn_cnn.training import cluster, runs
+    from attn_cnn.training import cluster, experiment, runs
+    from attn_cnn.training.workdir import open_workdir
 
     cluster.initialize(FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id)
     workdir = cli.default_workdir() if FLAGS.workdir is None else FLAGS.workdir
@@ -36,6 +37,7 @@ def main(_):
     elif FLAGS.mode == "evaluate":
         train.evaluate(FLAGS.config, workdir, cli.step())
     elif FLAGS.mode == "predict":
+        train.check_same_model(experiment.checked(FLAGS.config), open_workdir(workdir), only=("model.",))
         files = predict.find_pictures(FLAGS.images)
         print(predict.describe(runs.load_run(workdir, cli.step()), files))
     else:

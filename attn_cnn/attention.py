@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -19,13 +20,19 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from attn_cnn import schema
-from attn_cnn.encodings import Encoding, Parts, Quadratic, encoding_class, window
+from attn_cnn.encodings import FIELDS, Encoding, Parts, Quadratic, encoding_class, window
 from attn_cnn.errors import UserError
 from attn_cnn.layers import Bias, Linear, LinearMap
 from attn_cnn.mixing import Device, Factors, Fixed, Probabilities, attend_in_blocks, choose_blocks, this_device
 
 FORMS = schema.choice("auto", "factored", "dense")
 DROPPED = schema.choice("probabilities", "factors", default="probabilities")
+WORDS = {  # attributes of SelfAttention that are one of some words
+    "start": FIELDS["init"],
+    "content_start": FIELDS["content_init"],
+    "mixing": FORMS,
+    "dropout_on": DROPPED,
+}
 
 Padding = str | tuple[tuple[int, int], tuple[int, int]]  # "SAME", "VALID", or ((top, bottom), (left, right))
 
@@ -137,9 +144,10 @@ class SelfAttention(nn.Module):
           train: whether to drop probabilities, with the random stream "dropout".
 
         Raises:
-          UserError: there is no such encoding, it has no factors where they are asked for, or the grid is larger than
+          UserError: there is no such encoding, start or form, they contradict each other, or the grid is larger than
             learned tables cover.
         """
+        schema.check({name: getattr(self, name) for name in WORDS}, WORDS, "SelfAttention.")
         batch, height, width, features = x.shape
         x = x.astype(self.dtype)
         encoding_type = encoding_class(self.encoding)
@@ -305,19 +313,28 @@ def attention_maps(
       parts: whether to return the scores before softmax instead, as `Parts` of arrays of the same shape.
 
     Raises:
-      UserError: the model has no attention layers.
+      UserError: the model has no attention layers, or it is a ResNet, which needs more than its parameters.
     """
     if parts:
         layers = heads_of_layers(module, params, images)
         maps = [jax.lax.map(layer.encoding.parts, layer.mapped) for layer in layers.values()]
     else:
-        _, collected = module.apply({"params": params}, images, train=False, mutable=["intermediates"])
-        layers = collected.get("intermediates", {})
+        layers = _sown(module, params, images, "intermediates")
         in_order = sorted(layers, key=layer_number)
         maps = [layers[name]["attention"]["probabilities"][0] for name in in_order]
     if not maps:
         raise UserError(f"{type(module).__name__} has no attention layers to map.")
     return maps
+
+
+def _sown(module: nn.Module, params: dict, images: Array, collection: str) -> dict:
+    """Returns what the layers of a network leave in a collection."""
+    try:
+        return module.apply({"params": params}, images, train=False, mutable=[collection])[1].get(collection, {})
+    except flax.errors.ScopeCollectionNotFound:
+        raise UserError(
+            f"{type(module).__name__} needs statistics beside its parameters; attention is read from models without."
+        ) from None
 
 
 def layer_number(name: str) -> int:
@@ -358,6 +375,5 @@ def heads_of_layers(
       params: its parameters.
       images: normalised images, NHWC.
     """
-    _, collected = module.apply({"params": params}, images, train=False, mutable=["heads"])
-    layers = {layer_number(name): sown["attention"] for name, sown in collected.get("heads", {}).items()}
+    layers = {layer_number(name): sown["attention"] for name, sown in _sown(module, params, images, "heads").items()}
     return {number: LayerHeads(sown["encoding"][0], sown["x"][0]) for number, sown in sorted(layers.items())}

@@ -72,7 +72,7 @@ def workdir_for(config_argument: str) -> str:
 
 def define_step() -> None:
     """Defines the flag --step, of commands that read a run."""
-    flags.DEFINE_string("step", "newest", 'Which checkpoint: "newest", "best" by test accuracy, or a step.')
+    flags.DEFINE_string("step", "newest", 'Which checkpoint: "newest", "best" by its measured accuracy, or a step.')
 
 
 def step() -> int | str:

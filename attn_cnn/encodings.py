@@ -203,6 +203,16 @@ def encoding_class(name: str) -> type[Encoding]:
 # Quadratic encodings
 
 
+def check_square(heads: int, start: str, number: str) -> None:
+    """Raises UserError unless so many heads fill a square window; `start` and `number` say who asks for it."""
+    side = math.isqrt(heads)
+    if side**2 != heads:
+        raise UserError(
+            f"{start}, which puts heads on a square window, but {number} {heads}; the nearest squares are {side**2} "
+            f"and {(side + 1) ** 2}."
+        )
+
+
 def centers_init(module: nn.Module) -> nn.initializers.Initializer:
     """Returns N(0, 2^2), or for `start` "grid" the shifts of a convolution's window, one for each head.
 
@@ -213,6 +223,7 @@ def centers_init(module: nn.Module) -> nn.initializers.Initializer:
         return nn.initializers.normal(CENTER_STD)
     shifts = window(math.isqrt(module.heads - 1) + 1)
     if module.start == "grid":
+        check_square(module.heads, "start is grid", "heads is")
         return lambda key, shape, dtype=jnp.float32: jnp.asarray(shifts, dtype)
     return lambda key, shape, dtype=jnp.float32: jax.random.choice(key, jnp.asarray(shifts, dtype), shape[:1])
 
@@ -248,12 +259,7 @@ class CenteredEncoding(Encoding):
         if model.init != "grid":
             return
         for heads in schema.for_each_layer(model.heads, model.layers):
-            side = math.isqrt(heads)
-            if side**2 != heads:
-                raise UserError(
-                    f"config.model.init is grid, which puts heads on a square window, but config.model.heads is "
-                    f"{heads}; the nearest squares are {side**2} and {(side + 1) ** 2}."
-                )
+            check_square(heads, "config.model.init is grid", "config.model.heads is")
 
 
 class Quadratic(CenteredEncoding, name="quadratic"):
@@ -725,8 +731,8 @@ class Gated(CenteredEncoding, name="gated"):
         return Weighted((1 - g, g), (content, self.position.factors(x)))
 
     def degenerate(self) -> dict[int, str]:
-        """Returns the heads whose positional part is uniform."""
-        return self.position.degenerate()
+        """Returns the heads whose positional part is uniform and weighs more than their content."""
+        return {head: reason for head, reason in self.position.degenerate().items() if self.gates[head] > 0}
 
     def gaussians(self) -> Gaussians:
         """Returns centers and precisions of the positional part."""

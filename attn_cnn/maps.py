@@ -102,10 +102,11 @@ def _layers(path: epath.Path, arrays: dict[str, np.ndarray]) -> tuple[str, dict[
         if arrays[form].ndim == 0:
             raise UserError(f"{form} in {path} has shape (); it must be (layers, {AXES[form]}).")
         return form, {f"layer {number} of {form}": layer for number, layer in enumerate(arrays[form])}
-    numbers = sorted(int(name.partition("_")[2]) for name in arrays)
-    if numbers != list(range(len(numbers))):
+    by_number = {int(name.partition("_")[2]): name for name in arrays}
+    numbers = sorted(by_number)
+    if numbers != list(range(len(arrays))):
         raise UserError(f"{path} holds layers {', '.join(map(str, numbers))}; number them from 0, none left out.")
-    return form, {f"{form}_{number}": arrays[f"{form}_{number}"] for number in numbers}
+    return form, {by_number[number]: arrays[by_number[number]] for number in numbers}
 
 
 def _with_images(name: str, maps: np.ndarray, form: str) -> Float[np.ndarray, "images ..."]:

@@ -274,6 +274,11 @@ def _check_attention(model: ml_collections.ConfigDict) -> None:
                 f"config.model.{name} is {model[name]!r}, but config.model.layers is {model.layers}; "
                 "give one for each layer, or one for all."
             )
+    if model.kernel_size != 3 and "convolution" not in schema.for_each_layer(model.layer, model.layers):
+        raise UserError(
+            f"config.model.kernel_size is {model.kernel_size}, which attention ignores; leave it at 3, or set "
+            "config.model.layer to convolution."
+        )
     _check_merging(model)
     encoding = encoding_class(model.encoding)
     encoding.check(model)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 import tempfile
 
 from etils import epath
@@ -36,6 +37,12 @@ def resolve(path: epath.PathLike, what: str) -> epath.Path:
     return epath.Path(expanded)
 
 
+def file_errors() -> tuple[type[Exception], ...]:
+    """Returns the types of what failed reads and writes raise: OSError, and TensorFlow's own where it reads gs://."""
+    tensorflow = sys.modules.get("tensorflow")
+    return (OSError, tensorflow.errors.OpError) if tensorflow else (OSError,)
+
+
 def write(path: epath.Path, content: bytes) -> None:
     """Writes a file, whose folder is made.
 
@@ -45,7 +52,7 @@ def write(path: epath.Path, content: bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-    except OSError as error:
+    except file_errors() as error:
         raise UserError(f"{path} cannot be written: {first_line(error)}") from None
 
 

@@ -8,6 +8,7 @@ import zlib
 
 import jax
 import ml_collections
+import numpy as np
 from etils import epath
 
 from attn_cnn.errors import Stopped, UserError
@@ -88,7 +89,9 @@ def load_data(config: ml_collections.ConfigDict) -> Dataset:
     """Loads the data set on every host; first on process 0, so that where they share a disk only one prepares it."""
     load = functools.partial(data.load_part, config.data)
     first = devices.on_every_host(lambda: load() if jax.process_index() == 0 else None)
-    return devices.on_every_host(lambda: first or load())
+    dataset = devices.on_every_host(lambda: first or load())
+    check_same_data(dataset)
+    return dataset
 
 
 def check_same_config(config: ml_collections.ConfigDict) -> None:
@@ -98,18 +101,26 @@ def check_same_config(config: ml_collections.ConfigDict) -> None:
         raise UserError("the hosts were given different configs; start all of them with the same command.")
 
 
+def check_same_data(dataset: Dataset) -> None:
+    """Raises UserError unless all hosts loaded the same images and labels, in the same order."""
+    crc = zlib.crc32(dataset.spec.to_json().encode())
+    for array in dataset[:-1]:
+        crc = zlib.crc32(np.ascontiguousarray(array), crc)
+    if len(set(devices.everywhere(crc & 0x7FFFFFFF).tolist())) > 1:
+        raise UserError("the hosts loaded different data; give all of them the same files, in the same order.")
+
+
 def check_same_workdir(workdir: epath.Path) -> None:
     """Raises UserError unless all hosts see the workdir, which the first has claimed."""
     if not devices.everywhere((workdir / workdir_lib.CONFIG).exists()).all():
         raise UserError(f"not all hosts see {workdir}, where the first wrote; set --workdir to what all of them reach.")
 
 
-def check_same_model(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
-    """Raises UserError unless `workdir` holds a run whose model and data are those of `config`."""
+def check_same_model(config: ml_collections.ConfigDict, workdir: epath.Path, only: tuple[str, ...]) -> None:
+    """Raises UserError unless `workdir` holds a run like `config` in the fields that begin with one of `only`."""
     if not (workdir / workdir_lib.CONFIG).exists():
-        raise UserError(f"{workdir} holds no run to evaluate; train one first, or set --workdir.")
-    fields = ("model.", "data.", "dtype", "matmul", "optimizer.name")
-    if lines := workdir_lib.differences(config, load_config(workdir), only=fields):
+        raise UserError(f"{workdir} holds no run; train one first, or set --workdir.")
+    if lines := workdir_lib.differences(config, load_config(workdir), only):
         raise UserError(f"{workdir} holds a run of another model; its config differs:\n  " + "\n  ".join(lines))
 
 
@@ -124,10 +135,12 @@ def evaluate(
       UserError: there is no checkpoint, or it is of another config.
     """
     config, workdir = checked(config), workdir_lib.open_workdir(workdir)
-    devices.on_every_host(lambda: check_same_model(config, workdir))
+    fields = ("model.", "data.", "dtype", "matmul", "optimizer.name", "freeze")
+    devices.on_every_host(lambda: check_same_model(config, workdir, fields))
     config.data.validation_fraction = 0.0
     dataset = load_data(config)
-    workdir_lib.check_data(workdir, dataset.spec, only=("image_shape", "mean", "std", "names"))
+    parts = ("image_shape", "mean", "std", "names")
+    devices.on_every_host(lambda: workdir_lib.check_data(workdir, dataset.spec, only=parts))
     experiment = as_left(create_experiment(config, dataset.spec), workdir)
     step, state = restore(experiment, workdir, step)
     images, labels = devices.replicate((dataset.test_images, dataset.test_labels))

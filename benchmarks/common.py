@@ -207,6 +207,14 @@ def compiled_side(
     return Side(once, images, analysis["flops"], analysis["bytes accessed"], memory)
 
 
+# Flags
+
+
+def are_positive(words: list[str]) -> bool:
+    """Returns whether the words are whole numbers above 0."""
+    return all(word.isdecimal() and int(word) for word in words)
+
+
 # Timing
 
 

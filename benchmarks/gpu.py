@@ -143,6 +143,7 @@ def main(_):
 if __name__ == "__main__":
     flags.DEFINE_multi_enum("types", list(TYPES), list(TYPES), "How numbers are multiplied; several times for several.")
     flags.DEFINE_list("batches", ["100", "1000"], "Images in a step.")
+    flags.register_validator("batches", common.are_positive, "Give whole numbers above 0, as in 100,1000.")
     flags.DEFINE_integer("rounds", 20, "Steps of each side.", lower_bound=2)
     flags.DEFINE_integer("matmul", 8192, "Side of the matrices whose product gives the card's rate.", lower_bound=1)
     cli.run(main, config=False)

@@ -68,12 +68,17 @@ class Variant(NamedTuple):
         parts = [self.experiment, self.scale, *(f"{field}={value}" for field, value in self.fields), f"seed{seed}"]
         return folder / re.sub(r"[^\w.=+-]", "_", "_".join(parts))
 
+    def start(self, folder: epath.Path, seed: int) -> epath.Path | None:
+        """Returns the run that the one with this seed starts from, or None."""
+        if self.experiment != "quadratic_pruned":
+            return None
+        return Variant("quadratic_generalized", self.scale).workdir(folder, seed)
+
     def command(self, folder: epath.Path, seed: int) -> list[str]:
         """Returns the command that trains the run with this seed."""
         scale = "" if self.scale == "paper" else f":{self.scale}"
         arguments = [f"--config=configs/{self.experiment}.py{scale}", f"--workdir={self.workdir(folder, seed)}"]
-        if self.experiment == "quadratic_pruned":
-            start = Variant("quadratic_generalized", self.scale).workdir(folder, seed)
+        if start := self.start(folder, seed):
             arguments.append(f"--config.init_from={start}")
         fields = [("seed", str(seed)), *self.fields]
         return [sys.executable, "main.py", *arguments, *(f"--config.{field}={value}" for field, value in fields)]
@@ -128,6 +133,9 @@ def train(variant: Variant, folder: epath.Path, seed: int) -> str:
     found = result(workdir)
     if found and found.epochs == found.of:
         return ""
+    start = variant.start(folder, seed)
+    if start and not ((before := result(start)) and before.epochs == before.of):
+        return f"{workdir.name}: {start.name}, from which it starts, is not finished"
     print(f"{workdir.name} ...", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     log = workdir.with_name(f"{workdir.name}.log")
@@ -218,7 +226,10 @@ def main(_):
     if bad := [seed for seed in given.seeds or [""] if not seed.isdigit()]:
         raise UserError(f"--seeds names {bad[0]!r}; seeds are whole numbers, as in --seeds=0,1,2.")
     folder, seeds = paths.resolve(given.runs, "--runs"), [int(seed) for seed in given.seeds]
-    variants = variants_of(given.experiments, given.scale, given.sweep)
+    experiments = given.experiments
+    if given.scale == "pyramid" and not flags.FLAGS["experiments"].present:
+        experiments = [name for name in experiments if name != "resnet18"]  # its grid halves at every scale
+    variants = variants_of(experiments, given.scale, given.sweep)
     failures = [failure for seed in seeds for each in variants if (failure := train(each, folder, seed))]
     results = {each: results_of(each, folder, seeds) for each in variants}
     print(table(results))

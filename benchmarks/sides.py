@@ -22,6 +22,7 @@ from attn_cnn.mixing import UNBOUNDED, Device
 from benchmarks import common
 
 SIDES = flags.DEFINE_list("sides", ["8", "16", "24", "32", "48", "64"], "Grid sides.")
+flags.register_validator("sides", common.are_positive, "Give whole numbers above 0, as in 8,16.")
 BATCH = flags.DEFINE_integer("batch", 2, "Images.")
 ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds of each form.", lower_bound=2)
 HEADS, FEATURES = 9, 400

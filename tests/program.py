@@ -80,12 +80,12 @@ def refusal(module, *arguments):
     return ""
 
 
-def start(*arguments, devices=1, config="configs/quadratic.py:digits", tiny=True, **kwargs):
-    """Starts and returns the process; stderr is to be read."""
+def start(*arguments, devices=1, config="configs/quadratic.py:digits", tiny=True, variables=None, **kwargs):
+    """Starts and returns the process, with more environment `variables`; stderr is to be read."""
     return subprocess.Popen(
         command(*arguments, config=config, tiny=tiny),
         cwd=ROOT,
-        env=environment(devices),
+        env=environment(devices, **(variables or {})),
         stderr=subprocess.PIPE,
         text=True,
         **kwargs,

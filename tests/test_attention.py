@@ -20,6 +20,7 @@ from attn_cnn.errors import UserError
 from attn_cnn.layers import LinearMap
 from attn_cnn.mixing import Device
 from attn_cnn.model import create_model
+from configs import resnet18
 
 SEPARABLE = [name for name, encoding in ENCODINGS.items() if encoding.separable]
 CONTENT = ["learned_content", "learned_content_position", "gated"]
@@ -337,6 +338,31 @@ def test_a_layer_works_in_another_module_under_jit_and_vmap_and_grad(encoding):
     )
     of_all = jax.jit(jax.grad(lambda x: sum(jnp.sin(by_hand(params_alone, grids)).sum() for grids in x)))(x)
     assert_close(of_each, of_all)
+
+
+@pytest.mark.parametrize("layer", ["convolution", "attention"])
+def test_attention_maps_of_a_resnet_are_refused(layer):
+    config = resnet18.get_config("digits")
+    config.model.width, config.model.layer = 2, layer
+    model, x = create_model(config.model), jnp.ones((1, 8, 8, 1))
+    params = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
+    with pytest.raises(UserError, match="ResNet18 needs statistics beside its parameters"):
+        jax.eval_shape(lambda params: attention_maps(model, params, x), params)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ({"start": "Grid"}, "SelfAttention.start is 'Grid'; it must be one of random, grid, impulse"),
+        ({"content_start": "mimetik"}, "SelfAttention.content_start is 'mimetik'; it must be one of random, mimetic"),
+        ({"mixing": "dence"}, "SelfAttention.mixing is 'dence'; it must be one of auto, factored, dense"),
+        ({"dropout_on": "factor"}, "SelfAttention.dropout_on is 'factor'; it must be one of probabilities, factors"),
+        ({"start": "grid"}, "start is grid, .* but heads is 8; the nearest squares are 4 and 9"),
+    ],
+)
+def test_a_layer_alone_names_the_word_that_it_does_not_know(words, message):
+    with pytest.raises(UserError, match=message):
+        SelfAttention("quadratic", heads=8, **words).init(jax.random.key(0), jnp.ones((1, 4, 4, 3)))
 
 
 def test_attention_maps_of_a_model_without_attention():

@@ -10,6 +10,7 @@ import pytest
 from etils import epath
 
 from attn_cnn.errors import UserError
+from attn_cnn.training import devices
 from attn_cnn.training.checkpoint import Checkpoints
 
 
@@ -164,3 +165,24 @@ def test_a_state_of_other_shapes_is_no_checkpoint_of_ours(directory):
     other = {"params": {"kernel": jnp.zeros((3, 3))}, "step": jnp.int32(0)}
     with Checkpoints(directory) as checkpoints, pytest.raises(UserError, match="no checkpoint can be read"):
         checkpoints.restore(other)
+
+
+def test_a_read_that_fails_for_want_of_memory_damages_nothing(directory, monkeypatch):
+    before = sorted(path.name for path in directory.iterdir())
+
+    def fail(*_, **__):
+        raise MemoryError("no memory is left")
+
+    with Checkpoints(directory) as checkpoints:
+        monkeypatch.setattr(checkpoints._manager, "restore", fail)
+        with pytest.raises(UserError, match="the checkpoint of step 3 cannot be read: .*no memory is left"):
+            checkpoints.restore(state(0))
+    assert sorted(path.name for path in directory.iterdir()) == before
+
+
+def test_hosts_that_see_different_checkpoints_are_stopped(directory, monkeypatch):
+    everywhere = devices.everywhere
+    with Checkpoints(directory) as checkpoints:
+        monkeypatch.setattr(devices, "everywhere", lambda value: np.append(everywhere(value), 0))
+        with pytest.raises(UserError, match="the hosts see different checkpoints"):
+            checkpoints.restore(state(0))

@@ -116,6 +116,15 @@ def test_a_wrong_value_is_named(field, value, message):
         checked(config)
 
 
+def test_a_kernel_is_sized_where_a_layer_is_a_convolution():
+    config = quadratic.get_config()
+    config.model.kernel_size = 5
+    with pytest.raises(UserError, match="config.model.kernel_size is 5, which attention ignores; leave it at 3, or"):
+        checked(config)
+    config.model.layer = ("attention",) * 5 + ("convolution",)
+    assert checked(config).model.kernel_size == 5
+
+
 def test_heads_that_start_on_a_grid_fill_a_square():
     config = quadratic.get_config()
     config.model.init, config.model.heads = "grid", (9, 4, 1, 25, 9, 8)

@@ -5,6 +5,7 @@ import pytest
 
 from attn_cnn.errors import UserError
 from attn_cnn.training import data
+from configs import quadratic
 
 
 def same(a, b):
@@ -50,6 +51,13 @@ def small(labels=LABELS):
     images = np.arange(len(labels), dtype=np.uint8)[:, None, None, None]
     spec = data.Spec((1, 1, 1), (0.5,), (0.5,), len(labels), ("a", "b", "c"))
     return data.Dataset(images, labels, images[:0], labels[:0], spec)
+
+
+def test_the_test_set_is_there_also_where_a_part_is_held_out():
+    config = quadratic.get_config("digits").data
+    config.validation_fraction = 0.2
+    assert len(data.load_part(config).test_images) == 287  # a fifth of 1,437
+    assert same(data.load_with_test_set(config)[2:4], data.load("digits")[2:4])
 
 
 def test_a_fraction_of_the_training_set_has_the_same_share_of_each_class():

@@ -303,6 +303,8 @@ def test_a_quadratic_head_is_degenerate_where_its_attention_is_uniform():
     }
     content = Content(jnp.zeros((6, 4, 4)), jnp.zeros((6, 4)))
     assert Gated(quadratic, content, jnp.ones(6)).degenerate() == quadratic.degenerate()
+    gates = jnp.array([1.0, -1.0, 1.0, 0.1, 1.0, -0.1])  # heads 1 and 5 attend by content more than by position
+    assert list(Gated(quadratic, content, gates).degenerate()) == [3]
 
 
 @pytest.mark.parametrize("angle", [0.0, 0.5, 2.0])

@@ -27,14 +27,16 @@ from attn_cnn.training import metrics
 from attn_cnn.training import workdir as workdir_lib
 from attn_cnn.training.experiment import create_experiment, random_state
 from attn_cnn.training.runs import load_run
-from configs import gated, learned, learned_content, quadratic
+from configs import gated, learned, learned_content, quadratic, resnet18
 
 run = functools.partial(program.run_module, "attn_cnn.figures")
 
 
 def new_run(workdir, experiment=quadratic, **changes):
     """Makes a run that has done no step; returns it as it is opened."""
-    config = program.tiny_config(experiment, **{"model.layers": 2, "model.heads": 4, **changes})
+    if experiment is not resnet18:
+        changes = {"model.layers": 2, "model.heads": 4, **changes}
+    config = program.tiny_config(experiment, **changes)
     created = create_experiment(config)
     workdir_lib.create(epath.Path(workdir), created.config, created.spec, random_state(created))
     return load_run(workdir)
@@ -129,6 +131,9 @@ def test_the_shown_image_of_a_file_has_its_own_maps_and_the_average_is_over_all(
     source = FileSource(random_maps(), 100)
     everything = source.average([(1, 2)])[0].probabilities
     np.testing.assert_array_equal(source.of_image("2", [(1, 2)])[0].probabilities, everything[2:])
+    first = FileSource(random_maps(), 1)
+    np.testing.assert_array_equal(first.average([(1, 2)])[0].probabilities, everything[:1])
+    np.testing.assert_array_equal(first.of_image("2", [(1, 2)])[0].probabilities, everything[2:])
     np.testing.assert_allclose(np.array(source.views((1, 2))[0].heads), everything[:, 0].mean(0))
     with pytest.raises(UserError, match=r"--image is 3, but the images are 0 to 2"):
         source.image("3")
@@ -171,6 +176,10 @@ def test_the_papers_accuracy_stands_beside_runs_at_its_scale_alone():
     assert curves.paper_accuracy(quadratic.get_config("small")) is None
     config = quadratic.get_config()
     config.model.heads = 16
+    assert curves.paper_accuracy(config) is None
+    config = resnet18.get_config()
+    assert curves.paper_accuracy(config) == curves.PAPER["resnet18"]
+    config.model.width = 8
     assert curves.paper_accuracy(config) is None
 
 
@@ -284,6 +293,13 @@ def test_what_cannot_be_drawn_is_said_and_is_an_error_where_it_was_asked_for(tmp
     assert done.returncode == 0 and "No centers in" in done.stderr and "heads.npz does not exist" in done.stderr
     done = run(f"--workdir={tmp_path / 'run'}", "--figures=centers")
     assert done.returncode == 1 and "heads.npz does not exist" in done.stderr
+
+    new_run(tmp_path / "resnet", resnet18)
+    done = run(f"--workdir={tmp_path / 'resnet'}", f"--workdir={tmp_path / 'run'}")
+    assert done.returncode == 0 and "resnet: the run has no heads" in done.stderr
+    assert (tmp_path / "run" / "figures" / "attention.png").exists()
+    done = run(f"--workdir={tmp_path / 'resnet'}", "--figures=attention")
+    assert done.returncode == 1 and "model without heads" in done.stderr
 
 
 def test_query_pixels_are_read_or_the_mistake_is_named():

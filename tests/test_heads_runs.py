@@ -15,6 +15,7 @@ from flax import traverse_util
 
 from attn_cnn import maps, report, torch_export, torch_import, train
 from attn_cnn.errors import UserError
+from attn_cnn.explorer import view
 from attn_cnn.heads import __main__ as heads_command
 from attn_cnn.heads import ablation, history
 from attn_cnn.heads import report as heads_report
@@ -155,6 +156,14 @@ def test_frozen_positions_are_bitwise_what_they_were_and_all_else_moves(pruned, 
     assert np.all(after["classifier/kernel"] != before["classifier/kernel"])
 
 
+def test_a_frozen_run_is_evaluated_by_the_config_that_froze_it(tmp_path):
+    config = config_of(freeze="positions")
+    workdir_lib.write_config(config, epath.Path(tmp_path) / "config.json")
+    config.freeze = "none"
+    with pytest.raises(UserError, match="freeze: 'positions' then, 'none' now"):
+        train.evaluate(config, tmp_path)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "muon"])
 def test_without_another_run_freezing_holds_all_heads(optimizer, tmp_path):
@@ -285,8 +294,12 @@ def test_a_mistake_ends_the_command_with_one_message():
 
 
 @pytest.mark.slow
-def test_a_trail_of_checkpoints_stays(tmp_path):
+def test_a_trail_of_checkpoints_stays_and_a_page_shows_what_of_it_can_be_read(tmp_path, caplog):
     config = config_of(**{"epochs": 5, "checkpoint.keep": 1, "checkpoint.history_epochs": 2, "model.layers": 1})
     train.train(config, tmp_path / "run")
     kept = {int(path.name) for path in Path(tmp_path / "run" / "checkpoints").iterdir()}
     assert {28, 56, 70} <= kept and len(kept) <= 4  # the newest, perhaps the best, and those of epochs 2 and 4
+
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "28" / "state")
+    assert view.trail(epath.Path(tmp_path) / "run")["step"].tolist() == sorted(kept - {28})
+    assert "leaves out step 28" in caplog.text

@@ -23,7 +23,7 @@ FLAGS = (
 LONG = ("--config.epochs=500", *FLAGS[1:])
 
 
-def start_hosts(workdir, *flags, hosts=2, devices=2, flags_of_second=()):
+def start_hosts(workdir, *flags, hosts=2, devices=2, flags_of_second=(), homes=()):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -36,6 +36,7 @@ def start_hosts(workdir, *flags, hosts=2, devices=2, flags_of_second=()):
             f"--num_processes={hosts}",
             f"--process_id={host}",
             devices=devices,
+            variables={"HOME": str(homes[host])} if homes else None,
         )
         for host in range(hosts)
     ]
@@ -188,3 +189,16 @@ def test_hosts_that_do_not_share_the_workdir_are_stopped(tmp_path):
     elsewhere = (f"--workdir={tmp_path}/elsewhere",)
     statuses, outputs = finish(start_hosts(tmp_path / "run", *FLAGS, flags_of_second=elsewhere), timeout=60)
     assert statuses == [1, 1] and all("not all hosts see" in output for output in outputs), outputs
+
+
+@pytest.mark.slow
+def test_hosts_with_different_data_are_stopped(tmp_path):
+    images, labels = np.random.default_rng(0).integers(0, 256, (200, 8, 8, 1), np.uint8), np.arange(200) % 10
+    homes = [tmp_path / "first", tmp_path / "second"]
+    for home, order in zip(homes, (slice(None), slice(None, None, -1)), strict=True):
+        home.mkdir()
+        train_set = {"train_images": images[order], "train_labels": labels[order]}
+        np.savez(home / "data.npz", **train_set, test_images=images, test_labels=labels)
+    processes = start_hosts(tmp_path / "run", *FLAGS, "--config.data.name=npz:~/data.npz", homes=homes)
+    statuses, outputs = finish(processes, timeout=100)
+    assert statuses == [1, 1] and all("the hosts loaded different data" in output for output in outputs), outputs

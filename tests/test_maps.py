@@ -88,6 +88,12 @@ def test_layers_of_a_pyramid_have_grids_of_their_own(path):
     assert [layer.shape for layer in maps.read(path).layers] == [(1, 2, 4, 6, 4, 6), (1, 4, 2, 3, 2, 3)]
 
 
+def test_numbers_of_layers_may_have_zeros_in_front(path):
+    layers = [grid_maps(), grid_maps()[:, :1]]
+    np.savez(path, maps_01=layers[1], maps_00=layers[0])
+    assert all(map(np.array_equal, maps.read(path).layers, layers))
+
+
 TOKENS = probabilities(1, 2, 7, 7)
 GRID = grid_maps()
 PROBLEMS = {
@@ -96,6 +102,7 @@ PROBLEMS = {
     "both forms": ({"attentions": TOKENS, "maps": GRID}, "holds both maps and attentions"),
     "all and each": ({"maps": GRID[None], "maps_0": GRID}, "holds maps and maps_0; leave maps out"),
     "a layer left out": ({"maps_0": GRID, "maps_2": GRID}, "holds layers 0, 2; number them from 0"),
+    "a layer twice": ({"maps_0": GRID, "maps_00": GRID}, "holds layers 0; number them from 0"),
     "integers": ({"maps": np.ones((1, 1, 1, 1, 1, 1), int)}, "layer 0 of maps in .* holds int64"),
     "no numbers": ({"maps_0": np.ones((0, 1, 2, 2, 2, 2))}, r"shape \(0, 1, 2, 2, 2, 2\); it must .* none of them 0"),
     "axes": ({"maps_0": np.ones((3, 2, 2))}, r"has shape \(3, 2, 2\); it must be \(\[images,\] heads, H, W, H, W\)"),

@@ -3,6 +3,7 @@
 import os
 
 import pytest
+from etils import epath
 
 from attn_cnn import paths
 from attn_cnn.errors import UserError
@@ -42,3 +43,15 @@ def test_the_cache_has_a_place_without_a_home(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(type(paths.cache_folder()), "expanduser", no_home)
     assert paths.cache_folder().is_absolute()
+
+
+def test_what_a_bucket_refuses_is_said_as_what_a_disk_refuses(tmp_path, monkeypatch):
+    tensorflow = pytest.importorskip("tensorflow")
+
+    def refuse(*_):
+        raise tensorflow.errors.PermissionDeniedError(None, None, "a read-only bucket")
+
+    path = epath.Path(tmp_path) / "figure.png"
+    monkeypatch.setattr(type(path), "write_bytes", refuse)
+    with pytest.raises(UserError, match="figure.png cannot be written: .*a read-only bucket"):
+        paths.write(path, b"")

@@ -57,6 +57,9 @@ def test_the_command_prints_names_and_probabilities(workdir, tmp_path):
     done = program.run(f"--workdir={workdir}", "--config.epochs=1", "--mode=predict", f"--images={tmp_path}/*.png")
     lines = done.stdout.splitlines()
     assert lines[2].startswith("0.png") and lines[3].startswith("1.png") and lines[2].count("%") == predict.SHOWN
+    other = ("--config.model.heads=4", "--mode=predict", f"--images={tmp_path}/0.png")
+    done = program.run(f"--workdir={workdir}", *other, check=False)
+    assert done.returncode == 1 and "model.heads: 9 then, 4 now" in done.stderr and not done.stdout
 
 
 def test_a_picture_is_resized_and_grey_where_there_is_one_channel(tmp_path):

@@ -14,7 +14,6 @@ from etils import epath
 
 from attn_cnn.convolution import recover as recover_lib
 from attn_cnn.convolution import report as report_lib
-from attn_cnn.convolution.evaluation import evaluation_data
 from attn_cnn.convolution.kernels import Window
 from attn_cnn.convolution.recover import recover, recover_maps
 from attn_cnn.convolution.replace import Cut, replaced_config, replaced_params, replacing, sees_all, tuned_run
@@ -23,7 +22,7 @@ from attn_cnn.errors import UserError
 from attn_cnn.maps import Maps, write
 from attn_cnn.model import create_model, has_heads
 from attn_cnn.predict import logits
-from attn_cnn.training.data import SPECS
+from attn_cnn.training.data import SPECS, load_with_test_set
 from attn_cnn.training.experiment import create_experiment, random_state
 from attn_cnn.training.runs import Run, load_run
 from configs import learned, learned_content, quadratic
@@ -71,7 +70,7 @@ def test_its_3x3_window_explains_it_where_all_is_inside(convolutional):
     windows = recover_lib.windows_of(layer)
     assert [share for _, share in windows] == pytest.approx([1 / 9, 1, 1, 1], abs=0.03)
     cuts = {0: [cut for cut, _ in windows]}
-    errors = recover_lib.replace.layer_errors(run, cuts, evaluation_data(run).test_images[:50])[0]
+    errors = recover_lib.replace.layer_errors(run, cuts, load_with_test_set(run.config.data).test_images[:50])[0]
     assert [e.queries for e in errors[1:]] == [4, 0, 0]
     assert errors[1].inside < 1e-5 and errors[2].inside is None
     assert errors[1].everywhere > 0.1  # the border, where attention renormalises
@@ -80,7 +79,7 @@ def test_its_3x3_window_explains_it_where_all_is_inside(convolutional):
 @pytest.mark.slow
 def test_a_layer_replaced_is_the_network_with_a_convolution_there():
     run = untrained()
-    images = evaluation_data(run).test_images[:40]
+    images = load_with_test_set(run.config.data).test_images[:40]
     value = np.asarray(run.params["layer_1"]["attention"]["value"]["kernel"])
     kernels = np.random.default_rng(0).random((9, 7, 7))
     cut = recover_lib.Layer(kernels, value).cut(Window(-1, -1, 3))
@@ -202,7 +201,7 @@ def test_accuracy_after_an_epoch_of_training_stands_beside_that_before(three_alo
 
     monkeypatch.setattr(recover_lib.replace, "tuned_run", says_always_three)
     accuracy = recover(run, 10, tune=epath.Path(tmp_path))["accuracy"]
-    threes = np.mean(evaluation_data(run).test_labels == 3)
+    threes = np.mean(load_with_test_set(run.config.data).test_labels == 3)
     alone = dict.fromkeys(accuracy["replaced"][0]["alone"], threes)
     assert accuracy["tuned"] == {"side": 3, "alone": alone, "all": threes} and accuracy["as_trained"] != threes
     assert asked == [*({layer} for layer in map(int, alone)), set(map(int, alone))]

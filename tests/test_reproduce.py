@@ -4,7 +4,7 @@ import pytest
 from etils import epath
 from program import run_module
 
-from benchmarks.reproduce import Variant, result, variants_of, write
+from benchmarks.reproduce import Variant, result, train, variants_of, write
 
 pytestmark = pytest.mark.slow
 TINY = ("--sweep=epochs=1", "--sweep=model.layers=1", "--sweep=model.hidden_size=16", "--sweep=model.mlp_size=16")
@@ -44,6 +44,15 @@ def test_a_pruned_run_starts_from_the_run_of_the_same_seed():
     command = Variant("quadratic_pruned", "small").command(epath.Path("runs"), 2)
     assert "--config.init_from=runs/quadratic_generalized_small_seed2" in command
     assert "--config.seed=2" in command
+
+
+def test_no_run_starts_from_one_that_is_not_finished(tmp_path):
+    said = train(Variant("quadratic_pruned", "digits"), epath.Path(tmp_path), 0)
+    assert (
+        said
+        == "quadratic_pruned_digits_seed0: quadratic_generalized_digits_seed0, from which it starts, is not finished"
+    )
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_papers_scale_is_the_config_as_it_is():

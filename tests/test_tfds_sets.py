@@ -160,12 +160,12 @@ def test_a_damaged_data_set_is_named(tiny_cifar):
         data.load("cifar10", str(tiny_cifar))
 
 
-def prepare(folder, name="shapes", images=None, file_format=None, size=(6, 5, 3)):
+def prepare(folder, name="shapes", images=None, file_format=None, size=(6, 5, 3), least=0):
     """Prepares a small data set with tfds, with splits of its own names; returns its images and labels by split."""
     tfds = pytest.importorskip("tensorflow_datasets")
     rng = np.random.default_rng(0)
     parts = {
-        split: (rng.integers(0, 256, (count, *(s or 4 for s in size)), np.uint8), rng.integers(0, 3, count))
+        split: (rng.integers(0, 256, (count, *(s or 4 for s in size)), np.uint8), rng.integers(least, 3, count))
         for split, count in (("train", 12), ("validation", 6))
     }
     features = {
@@ -203,6 +203,13 @@ def test_any_data_set_of_images_is_read_in_any_file_format(file_format, folder, 
         np.testing.assert_allclose(shapes.spec.mean, pixels.mean((0, 1, 2)), atol=1e-6)
         np.testing.assert_allclose(shapes.spec.std, pixels.std((0, 1, 2)), atol=1e-6)
     assert caplog.text.count("Decoding") == 1
+
+
+@pytest.mark.slow
+def test_images_without_labels_are_refused(folder):
+    prepare(folder, least=-1)
+    with pytest.raises(UserError, match="the split 'train' of shapes holds images without a label"):
+        data.load("shapes", str(folder), splits=("train", "validation"))
 
 
 @pytest.mark.slow

@@ -19,12 +19,13 @@ from etils import epath
 from jaxtyping import Array, Float, UInt8
 
 from attn_cnn.attention import ConvolutionalAttention
-from attn_cnn.convolution.evaluation import accuracy, evaluation_data
+from attn_cnn.convolution.evaluation import accuracy
 from attn_cnn.convolution.theorem import attention_from_convolution
 from attn_cnn.errors import UserError
 from attn_cnn.model import create_model
 from attn_cnn.predict import logits, network
 from attn_cnn.report import count_parameters
+from attn_cnn.training import data
 from attn_cnn.training import workdir as workdir_lib
 from attn_cnn.training.experiment import create_experiment, precision_of, state_of
 from attn_cnn.training.runs import Run, load_run
@@ -156,7 +157,7 @@ def express(workdir: epath.PathLike, out: epath.PathLike, spread: float, step: i
     run, out = load_run(workdir, step), workdir_lib.open_workdir(out)
     workdir_lib.check_new(out)
     ours = express_run(run, spread)
-    test = evaluation_data(run)
+    test = data.load_with_test_set(run.config.data)
     seconds, both = [], []
     for side in (run, ours):
         begin = time.perf_counter()

@@ -24,16 +24,16 @@ from jaxtyping import Array, Float, UInt8
 from attn_cnn import attention
 from attn_cnn.convolution import kernels as kernels_lib
 from attn_cnn.convolution import replace
-from attn_cnn.convolution.evaluation import accuracy, evaluation_data
+from attn_cnn.convolution.evaluation import accuracy
 from attn_cnn.convolution.kernels import Average, Window
 from attn_cnn.convolution.replace import TUNED_SIDE, Cut
 from attn_cnn.convolution.theorem import kernels_by_shift, outside, position_encoding
 from attn_cnn.encodings import encoding_class
 from attn_cnn.errors import UserError
+from attn_cnn.heads.surgery import numbers_of_heads
 from attn_cnn.maps import Maps
-from attn_cnn.model import kinds_and_heads
 from attn_cnn.predict import logits
-from attn_cnn.training import augment
+from attn_cnn.training import augment, data
 from attn_cnn.training.dataset import Dataset
 from attn_cnn.training.experiment import precision_of
 from attn_cnn.training.runs import Run
@@ -110,8 +110,7 @@ def maps_of_run(run: Run, images: UInt8[np.ndarray, "images height width channel
             f"config.model.name is {run.config.model.name}; recover reads runs of attention models, as of "
             "configs/quadratic.py."
         )
-    of_layers = kinds_and_heads(run.config.model)
-    numbers = [layer for layer, (kind, heads) in enumerate(of_layers) if kind == "attention" and heads]
+    numbers = list(numbers_of_heads(run.config.model))
     if not numbers:
         raise UserError("the run has no attention layers with heads; recover reads those that do.")
     if not encoding_class(run.config.model.encoding).needs_x:
@@ -165,7 +164,7 @@ def recover(run: Run, images: int, tune: epath.Path | None = None) -> Report:
     Raises:
       UserError: the run has no attention layers.
     """
-    test = evaluation_data(run)
+    test = data.load_with_test_set(run.config.data)
     some = test.test_images[:images]
     maps = maps_of_run(run, some)
     layers = [report_of_layer(*of_layer) for of_layer in maps.items()]

@@ -22,6 +22,7 @@ one, the page gets the scores by shift (`by_shift`) or, where these depend on th
 """
 
 import functools
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,13 +36,17 @@ from jaxtyping import Float, Shaped
 from attn_cnn import predict
 from attn_cnn.attention import LayerHeads, heads_of_layers
 from attn_cnn.encodings import Encoding, Quadratic
+from attn_cnn.errors import UserError
 from attn_cnn.explorer.network import Step
 from attn_cnn.heads import history as history_lib
 from attn_cnn.heads.measure import stacked
 from attn_cnn.maps import Maps
 from attn_cnn.training import augment, data
 from attn_cnn.training.experiment import precision_of
-from attn_cnn.training.runs import Run, load_run
+from attn_cnn.training.runs import Run, load_config, load_run
+from attn_cnn.training.workdir import CHECKPOINTS
+
+log = logging.getLogger("attn_cnn")
 
 # Encodings whose scores static/mathematics.js computes.
 KNOWN = (
@@ -71,7 +76,7 @@ def of_run(run: Run, name: str, images: int, steps: list[Step], half: bool) -> V
     Raises:
       UserError: the run's data cannot be read.
     """
-    dataset = data.load_part(run.config.data)
+    dataset = data.load_with_test_set(run.config.data)
     shown = dataset.test_images[:images]
     normalised = augment.normalize(shown, run.mean, run.std)
     return {
@@ -184,25 +189,31 @@ def history(workdir: epath.Path) -> dict[str, np.ndarray] | None:
     numbers = history_lib.read(workdir)
     choices = (("center", "precision", "gate"), ("row_scores", "column_scores"), ("mean_shift", "covariance"))
     names = next(names for names in choices if names[0] in numbers)
-    epochs = len(numbers["epoch"])
-    kept = np.unique(np.linspace(0, epochs - 1, min(epochs, EPOCHS)).round().astype(int))
+    kept = history_lib.evenly(len(numbers["epoch"]), EPOCHS)
     return {name: numbers[name][kept] for name in ("epoch", "step", *names) if name in numbers}
 
 
 def trail(workdir: epath.Path) -> dict[str, np.ndarray] | None:
-    """Returns centers and precisions of the heads at each checkpoint that is left, where they are Gaussians."""
-    steps = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
-    found = [numbers for step in steps if (numbers := _gaussians(load_run(workdir, step)))]
-    if len(steps) < 2 or len(found) < len(steps):
+    """Returns centers and precisions of the heads at each checkpoint that can be read, where they are Gaussians."""
+    if load_config(workdir).model.name == "resnet18":
         return None
-    return {"step": np.array(steps)} | {name: np.stack([each[name] for each in found]) for name in found[0]}
+    found = {}
+    for step in sorted(int(path.name) for path in (workdir / CHECKPOINTS).iterdir() if path.name.isdigit()):
+        try:
+            found[step] = _gaussians(load_run(workdir, step))
+        except UserError as error:
+            log.warning("The heads' history leaves out step %d: %s", step, error)
+    gaussians = [heads for heads in found.values() if heads is not None]
+    if len(gaussians) < max(2, len(found)):
+        return None
+    return {"step": np.array(list(found))} | {
+        name: np.stack([each[name] for each in gaussians]) for name in gaussians[0]
+    }
 
 
 def _gaussians(run: Run) -> dict[str, np.ndarray] | None:
     """Returns `center` and `precision` of a run's heads, as `stacked` has them, where all are Gaussians."""
     model = run.config.model
-    if model.name == "resnet18":
-        return None
     with precision_of(run.config):
         heads: dict[int, LayerHeads] = heads_of_layers(run.model, run.params, jnp.zeros((1, *model.image_shape)))
         gaussians = {number: found for number, layer in heads.items() if (found := layer.encoding.gaussians())}

@@ -28,6 +28,7 @@ from attn_cnn.errors import UserError
 from attn_cnn.figures import centers, curves, maps, spread, theory
 from attn_cnn.figures.sources import FileSource, Query, RunSource, Source
 from attn_cnn.heads import history, views
+from attn_cnn.model import has_heads
 from attn_cnn.training import workdir as workdir_lib
 from attn_cnn.training.runs import load_run
 
@@ -154,6 +155,19 @@ def figures_of(source: Source) -> dict[str, Callable[[], Drawn]]:
     }
 
 
+def figures_of_run(workdir: epath.Path) -> dict[str, Callable[[], Drawn]]:
+    """Returns what draws those figures of a run; nothing where it has no heads and no figures were asked for by name.
+
+    Raises:
+      UserError: there is no run, or it has no heads and figures were asked for.
+    """
+    run = load_run(workdir, cli.step())
+    if not FLAGS.figures and not has_heads(run.config.model):
+        log.info("No attention, maps and spread in %s: the run has no heads.", workdir)
+        return {}
+    return figures_of(RunSource(run, FLAGS.images))
+
+
 def main(_):
     check_flags()
     todo = []
@@ -164,7 +178,7 @@ def main(_):
     for workdir in workdirs:
         drawn = {"centers": lambda workdir=workdir: centers_of(workdir)}
         if set(FLAGS.figures or FIGURES) - set(OF_RUNS):
-            drawn |= figures_of(RunSource(load_run(workdir, cli.step()), FLAGS.images))
+            drawn |= figures_of_run(workdir)
         if workdir == workdirs[0]:
             drawn["curves"] = lambda: curves_of(workdirs)
             drawn["theory"] = lambda: iter([("theory", theory.draw())])

@@ -5,7 +5,7 @@ of the grid where that is known, else over all queries, at the border too, from 
 """
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import PIL.Image
@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse
 
 from attn_cnn import drawing
+from attn_cnn.heads import history
 from attn_cnn.regions import SHARES
 
 COLUMNS = 6  # epochs in the still figure
@@ -92,7 +93,7 @@ def draw(numbers: Numbers) -> Figure:
 
 def animate(numbers: Numbers) -> bytes:
     """Returns the content of a WebP file: layers side by side, frame by frame the epochs."""
-    epochs = _evenly(len(numbers["epoch"]), FRAMES)
+    epochs = history.evenly(len(numbers["epoch"]), FRAMES)
     heads = gaussians(numbers)
     frames = [PIL.Image.fromarray(drawing.pixels(_frame(numbers, epoch, *heads), dpi=90)) for epoch in epochs]
     content = io.BytesIO()
@@ -127,10 +128,6 @@ def chosen(epochs: int, number: int) -> list[int]:
     if epochs <= number:
         return list(range(epochs))
     return sorted({round(epoch) - 1 for epoch in np.geomspace(1, epochs, number)})
-
-
-def _evenly(epochs: int, number: int) -> Sequence[int]:
-    return np.unique(np.linspace(0, epochs - 1, min(number, epochs)).round().astype(int)).tolist()
 
 
 def _with_heads(centers: np.ndarray) -> list[int]:

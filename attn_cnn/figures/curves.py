@@ -66,7 +66,7 @@ def paper_accuracy(config: ml_collections.ConfigDict) -> float | None:
         sizes = (model.layers, model.hidden_size, model.mlp_size, model.patch, model.heads, model.layer)
         scale = scale and sizes == (6, 400, 512, 2, 9, "attention") and not model.merge_before
         return PAPER.get(model.encoding) if scale else None
-    return PAPER.get(model.name) if scale else None
+    return PAPER.get(model.name) if scale and (model.width, model.layer) == (64, "convolution") else None
 
 
 @drawing.styled

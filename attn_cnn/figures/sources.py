@@ -67,7 +67,7 @@ class RunSource:
     @functools.cached_property
     def images(self) -> Images:
         """The images that maps are averaged over."""
-        return data.load_part(self.run.config.data).test_images[: self._number]
+        return data.load_with_test_set(self.run.config.data).test_images[: self._number]
 
     def image(self, which: str) -> Image:
         """Returns the image of a number in the test set, or of a picture's path.
@@ -77,7 +77,7 @@ class RunSource:
         """
         if not which.isdigit():
             return pictures.read(paths.resolve(which, "--image"), self.run.spec.image_shape)
-        return _numbered(data.load_part(self.run.config.data).test_images, int(which))
+        return _numbered(data.load_with_test_set(self.run.config.data).test_images, int(which))
 
     def of_image(self, which: str, queries: Sequence[Query]) -> dict[int, Seen]:
         """Returns what the heads see from the query pixels of one image, by the layer's number."""
@@ -140,7 +140,7 @@ class RunSource:
 
 
 class FileSource:
-    """Attention maps from a file, of the first images in it.
+    """Attention maps from a file, averaged over the first images in it.
 
     Attributes:
       needs_x: whether there are maps of more than one image.
@@ -149,8 +149,8 @@ class FileSource:
     """
 
     def __init__(self, maps: Maps, number: int):
-        self._layers = [layer[:number] for layer in maps.layers]
-        self.images = None if maps.images is None else maps.images[:number]
+        self._layers, self._number = maps.layers, number
+        self.images = maps.images
         self.needs_x = any(len(layer) > 1 for layer in self._layers)
         self.grid = self._layers[0].shape[2:4]
 
@@ -168,17 +168,15 @@ class FileSource:
 
     def of_image(self, which: str, queries: Sequence[Query]) -> dict[int, Seen]:
         """Returns what the heads see from the query pixels of one image, by the layer's number."""
-
-        def one(maps):
-            return maps if len(maps) == 1 else maps[int(which)][None]
-
-        layers = self.average(queries)
-        return {number: seen._replace(probabilities=one(seen.probabilities)) for number, seen in layers.items()}
+        return self._seen([layer if len(layer) == 1 else layer[int(which)][None] for layer in self._layers], queries)
 
     def average(self, queries: Sequence[Query]) -> dict[int, Seen]:
         """Returns what the heads see from the query pixels of each of the images, by the layer's number."""
+        return self._seen([layer[: self._number] for layer in self._layers], queries)
+
+    def _seen(self, layers: Sequence[np.ndarray], queries: Sequence[Query]) -> dict[int, Seen]:
         result = {}
-        for number, layer in enumerate(self._layers):
+        for number, layer in enumerate(layers):
             own = [in_grid(query, self.grid, layer.shape[2:4]) for query in queries]
             rows, columns = np.array(own).T
             result[number] = Seen(np.moveaxis(layer[:, :, rows, columns], 2, 1), own)
@@ -193,7 +191,7 @@ class FileSource:
 
     def numbers(self) -> Numbers:
         """Returns what each layer's heads do."""
-        return {number: measure.of_maps(layer) for number, layer in enumerate(self._layers)}
+        return {number: measure.of_maps(layer[: self._number]) for number, layer in enumerate(self._layers)}
 
 
 Source = RunSource | FileSource

@@ -33,6 +33,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Array, Float
 
+from attn_cnn import paths
 from attn_cnn.encodings import look_up, shifts
 from attn_cnn.errors import UserError, first_line
 
@@ -143,6 +144,11 @@ def scalars(numbers: Mapping[str, np.ndarray]) -> dict[str, float]:
     return result
 
 
+def evenly(epochs: int, number: int) -> list[int]:
+    """Returns at most `number` places among so many epochs, evenly spread, with the first and the last."""
+    return np.unique(np.linspace(0, epochs - 1, min(number, epochs)).round().astype(int)).tolist()
+
+
 def _read(path: epath.Path) -> dict[str, np.ndarray]:
     with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
         return dict(arrays)
@@ -157,5 +163,5 @@ def _read_or_move_aside(path: epath.Path) -> dict[str, np.ndarray]:
         log.warning("%s is damaged (%s): the heads' numbers begin anew.", path, first_line(error))
         path.replace(path.with_name(f"{NAME}.damaged-{uuid.uuid4().hex[:8]}"))
         return {}
-    except OSError as error:
+    except paths.file_errors() as error:
         raise UserError(f"{path} cannot be read: {first_line(error)}") from None

@@ -26,7 +26,7 @@ def images_of(run: Run) -> Float[Array, "batch height width channels"]:
     """Returns the normalised images over which a run's heads are measured: of the test set where content counts."""
     if not encoding_class(run.config.model.encoding).needs_x:
         return jnp.zeros((1, *run.config.model.image_shape))
-    images = data.load_part(run.config.data).test_images[: measure.IMAGES]
+    images = data.load_with_test_set(run.config.data).test_images[: measure.IMAGES]
     return augment.normalize(images, run.mean, run.std)
 
 

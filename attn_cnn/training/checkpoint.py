@@ -105,12 +105,12 @@ class Checkpoints:
 
         Args:
           state: gives the structure; its arrays may be abstract.
-          step: "newest", "best" (by test accuracy), or a step.
+          step: "newest", "best" (by the accuracy that the run was evaluated on), or a step.
 
         Raises:
           UserError: no checkpoint is whole on every host, or they may not be read, or there is none of that step.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
+        steps = self._agreed_steps()
         target = serialization.to_state_dict(state)
         target = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), target)
         damages = {}
@@ -127,6 +127,17 @@ class Checkpoints:
         if damages:
             raise UserError("no checkpoint can be read:\n  " + "\n  ".join(damages.values()))
         return None
+
+    def _agreed_steps(self) -> list[int]:
+        """Returns the steps of all checkpoints, newest first.
+
+        Raises:
+          UserError: the hosts do not see the same ones, as where a shared disk is slow to show what was written.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        if len(set(devices.everywhere(zlib.crc32(json.dumps(steps).encode()) & 0x7FFFFFFF).tolist())) > 1:
+            raise UserError(f"the hosts see different checkpoints in {self.directory}; start all of them again.")
+        return steps
 
     def _chosen(self, steps: list[int], step: int | str) -> list[int]:
         """Returns the steps to try, in order."""
@@ -164,8 +175,8 @@ class Checkpoints:
         try:
             items = self._manager.restore(step, args=args)
             _check(_flat(items["state"]), _flat(target), items["crcs"])
-        except PermissionError as error:
-            raise UserError(f"the checkpoint of step {step} may not be read: {error}") from None
+        except (PermissionError, MemoryError, TimeoutError, ConnectionError) as error:  # the file may be whole
+            raise UserError(f"the checkpoint of step {step} cannot be read: {first_line(error)}") from None
         except Exception as error:  # orbax raises whatever the damaged file led to
             return None, first_line(error)
         return items["state"], None
@@ -200,10 +211,13 @@ class Checkpoints:
     def _move_aside(self, steps: Iterable[int]) -> None:
         if not steps or self._read_only:
             return
-        if jax.process_index() == 0:
-            for step in steps:
-                (self.directory / str(step)).rename(self.directory / f"{step}.damaged-{uuid.uuid4().hex[:8]}")
-        devices.everywhere(True)  # all wait for the first
+
+        def move():
+            with _explained("moved aside", self.directory):
+                for step in steps:
+                    (self.directory / str(step)).rename(self.directory / f"{step}.damaged-{uuid.uuid4().hex[:8]}")
+
+        devices.on_every_host(lambda: move() if jax.process_index() == 0 else None)
         self._manager.reload()
 
 

@@ -142,6 +142,17 @@ def load_part(data: ml_collections.ConfigDict) -> Dataset:
     return part(whole, data.train_fraction, data.validation_fraction)
 
 
+def load_with_test_set(data: ml_collections.ConfigDict) -> Dataset:
+    """Returns the data that a config's `data` names with its test set, also where a part is held out to choose by.
+
+    Raises:
+      UserError: as `load_part`.
+    """
+    data = data.copy_and_resolve_references()
+    data.validation_fraction = 0.0
+    return load_part(data)
+
+
 def part(dataset: Dataset, train_fraction: float, validation_fraction: float) -> Dataset:
     """Returns a stratified part of a data set: the same images whatever the seed and the number of devices.
 

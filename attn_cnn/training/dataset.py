@@ -16,6 +16,8 @@ import numpy as np
 from etils import epath
 from jaxtyping import Int, UInt8
 
+from attn_cnn import paths
+
 log = logging.getLogger("attn_cnn")
 
 
@@ -114,7 +116,7 @@ def _read(place: epath.Path) -> Dataset | None:
     try:
         with place.open("rb") as file, np.load(file) as arrays:
             return Dataset(**dict(arrays) | {"spec": Spec.from_json(str(arrays["spec"]))})
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (*paths.file_errors(), ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         log.warning("The cache %s is damaged (%s): decoding again.", place, error)
         return None
 
@@ -126,8 +128,8 @@ def _write(place: epath.Path, dataset: Dataset) -> bool:
         with temporary.open("wb") as file:
             np.savez(file, **dataset._asdict() | {"spec": dataset.spec.to_json()})
         temporary.replace(place)
-    except OSError:
-        with contextlib.suppress(OSError):
+    except paths.file_errors():
+        with contextlib.suppress(*paths.file_errors()):
             temporary.unlink(missing_ok=True)
         return False
     return True

@@ -42,10 +42,10 @@ def load(name: str, root: epath.Path, splits: tuple[str, str]) -> Dataset:
 def _newest(folder: epath.Path) -> epath.Path | None:
     """Returns the newest version of a data set that tfds has prepared in `folder`."""
     try:
+        if not folder.is_dir():
+            return None
         versions = [v for v in folder.iterdir() if (v / "dataset_info.json").exists()]
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
+    except paths.file_errors() as error:
         raise UserError(f"cannot read {folder}: {error}") from None
     return max(versions, key=_version, default=None)
 
@@ -173,4 +173,6 @@ def _read(builder: Any, split: str, keys: tuple[str, str]) -> tuple[np.ndarray, 
     else:
         source = builder.as_data_source(split=split)
         images, labels = (np.stack(part) for part in zip(*((e[keys[0]], e[keys[1]]) for e in source), strict=True))
+    if labels.min(initial=0) < 0:
+        raise UserError(f"the split {split!r} of {builder.info.name} holds images without a label; choose another.")
     return images, labels.astype(np.int32)

@@ -114,7 +114,7 @@ def update(workdir: epath.Path, config: ml_collections.ConfigDict, stack: contex
         if os.path.isfile(temporary):
             stack.enter_context(_locked(temporary))  # before it has the name, or a rival could hold it first
         temporary.replace(path)
-    except OSError as error:
+    except paths.file_errors() as error:
         temporary.unlink(missing_ok=True)
         raise UserError(f"the config in {workdir} cannot be written: {first_line(error)}") from None
 
@@ -153,7 +153,7 @@ def create(
     try:
         # The config comes last: a run without a checkpoint would start from random weights.
         write_config(config, workdir / CONFIG)
-    except OSError as error:
+    except paths.file_errors() as error:
         raise UserError(f"the config in {workdir} cannot be written: {first_line(error)}") from None
     if (workdir / CONFIG).read_text() != as_json(config):
         raise UserError(f"another process made a run in {workdir} at the same time; set another --workdir.")
@@ -189,7 +189,7 @@ def write_spec(workdir: epath.Path, spec: Spec) -> None:
     try:
         temporary.write_text(spec.to_json())
         temporary.replace(workdir / DATA)
-    except OSError as error:
+    except paths.file_errors() as error:
         temporary.unlink(missing_ok=True)
         raise UserError(f"{workdir / DATA} cannot be written: {first_line(error)}") from None
 
@@ -205,7 +205,7 @@ def read_spec(workdir: epath.Path) -> Spec | None:
         return None
     try:
         return Spec.from_json(path.read_text())
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (*paths.file_errors(), ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} does not describe the run's data: {first_line(error)}") from None
 
 
@@ -232,7 +232,7 @@ def read_config(path: epath.Path) -> ml_collections.ConfigDict:
 
     try:
         return ml_collections.ConfigDict(tuples(json.loads(path.read_text())))
-    except (OSError, RecursionError, AttributeError, TypeError, ValueError) as error:
+    except (*paths.file_errors(), RecursionError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not a config: {first_line(error)}") from None
 
 
@@ -248,7 +248,7 @@ def read_surgery(workdir: epath.Path) -> Surgery | None:
     try:
         fields = json.loads(path.read_text())
         return Surgery(*(tuple(tuple(map(int, heads)) for heads in fields[name]) for name in Surgery._fields))
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (*paths.file_errors(), KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} does not say which heads remain: {first_line(error)}") from None
 
 
@@ -267,7 +267,7 @@ def write_surgery(surgery: Surgery | None, workdir: epath.Path) -> None:
         temporary = path.with_name(f"{SURGERY}.writing")
         temporary.write_text(json.dumps(surgery._asdict()) + "\n")
         temporary.replace(path)
-    except OSError as error:
+    except paths.file_errors() as error:
         raise UserError(f"{path} cannot be written: {first_line(error)}") from None
 
 
