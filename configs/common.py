@@ -28,7 +28,7 @@ SMALL = SMALL_RUN | {
     "model.dropout": 0.0,
     "model.attention_dropout": 0.0,
 }
-# The same with a grid that halves before each layer: 16x16, 8x8, 4x4. It is ours, not the paper's.
+# The same with a grid that halves between layers: 16x16, 8x8, 4x4. It is ours, not the paper's.
 PYRAMID = SMALL_RUN | {
     "model.layers": 3,
     "model.hidden_size": (64, 128, 256),
@@ -91,7 +91,7 @@ def attention(scale: str, encoding: str) -> ml_collections.ConfigDict:
             "max_side": 16,  # of the grid that learned tables cover
             "embedding_size": 0,  # of learned tables; 0: what the encoding calls for
             "share_tables": False,  # between layers
-            "mixing": "auto",
+            "mixing": "auto",  # or dense, or factored: an error where it is not exact
             "hidden_size": one_or_each(400),
             "mlp_size": one_or_each(512),
             "merge_before": (),  # layers, from 0, before which 2x2 pixels of the grid become one
@@ -118,8 +118,8 @@ def run() -> ml_collections.ConfigDict:
             "eval_batch_size": 100,  # on each device
             "micro_batch_size": 0,  # images, on all devices, whose gradients are computed at once; 0: all of the batch
             "log_every_steps": 10,
-            "dtype": "float32",
-            "matmul_precision": "default",
+            "dtype": "float32",  # or bfloat16, of the computation
+            "matmul_precision": "default",  # or high, highest: of float32 products on accelerators
             "label_smoothing": 0.0,  # share of a label that is spread over all classes
             "condition_penalty": 0.0,  # on (condition number - 1)^2 of the heads of quadratic_generalized
             "init_from": "",  # the workdir of a run to start from
@@ -138,19 +138,19 @@ def run() -> ml_collections.ConfigDict:
                 "flip": True,
             },
             "optimizer": {
-                "name": "sgd",
+                "name": "sgd",  # or adam, muon
                 "learning_rate": 0.1,
                 "momentum": 0.9,
                 "weight_decay": 1e-4,
-                "schedule": "cosine",
+                "schedule": "cosine",  # or step: a tenth after each of decay_epochs
                 "warmup": 0.05,  # of all steps
                 "decay_epochs": (),
             },
             "checkpoint": {
                 "every_epochs": 1,
-                "keep": 3,
-                "history_epochs": 0,
-            },  # every so many epochs one is kept for good
+                "keep": 3,  # the newest; the best stays as well
+                "history_epochs": 0,  # every so many epochs one is kept for good; 0: none
+            },
             "figures": {"every_epochs": 0},  # where heads look, drawn for TensorBoard; 0: never
         }
     )

@@ -1,4 +1,4 @@
-"""What compilers for TPUs and GPUs make of the steps: one reduction of the gradients, no loops, half precision."""
+"""What compilers for TPUs and GPUs make of the steps: gradients summed at once, no loops, half precision."""
 
 import importlib.util
 

@@ -5,9 +5,9 @@
     python -m attn_cnn.heads prune --workdir=RUN --out=NEW --heads=2:0,2:5
 
 `report` prints a table, or with --json the same as JSON, and names the degenerate heads; of a file of
-attention maps (`attn_cnn/maps.py`) it prints what they alone tell. `prune` makes NEW the run in RUN, at its newest
-checkpoint, without the heads named as layer:head, numbered as `report` does; NEW evaluates, and goes on with the
-command that RUN was started with. The step of both is --step.
+attention maps (`attn_cnn/maps.py`) it prints what they alone tell. `prune` makes NEW the run in RUN without the
+heads named as layer:head, numbered as `report` does; NEW evaluates and goes on by RUN's command with --workdir=NEW.
+Both take the newest checkpoint of RUN, or that of --step.
 """
 
 import re
