@@ -59,8 +59,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, profile: b
             if profile:
                 log.warning("No step is left to trace; give --profile another --workdir.")
         else:
-            begin = f"Resuming {workdir} at step {step} of" if step else f"Starting {workdir}:"
-            log.info("%s %d steps.", begin, experiment.total_steps)
+            log.info("%s %d steps.", beginning(workdir, step), experiment.total_steps)
             writer = stack.enter_context(Writer(workdir / "metrics", step, evaluated))
             heads = devices.on_every_host(functools.partial(open_heads, workdir, step, evaluated))
             profiler = stack.enter_context(Profile(workdir / "profile" if profile else None))
@@ -71,6 +70,11 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, profile: b
     steps, split = experiment.total_steps, experiment.evaluated_on
     log.info("%s is finished: %d steps, %s accuracy %.4f.", workdir, steps, split, accuracy)
     return state
+
+
+def beginning(workdir: epath.Path, step: int) -> str:
+    """Returns the words with which the log says that a run begins, or goes on after `step`."""
+    return f"Resuming {workdir} at step {step} of" if step else f"Starting {workdir}:"
 
 
 def open_checkpoints(experiment: Experiment, workdir: epath.Path) -> Checkpoints:
