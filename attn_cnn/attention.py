@@ -319,9 +319,8 @@ def attention_maps(
         layers = heads_of_layers(module, params, images)
         maps = [jax.lax.map(layer.encoding.parts, layer.mapped) for layer in layers.values()]
     else:
-        layers = _sown(module, params, images, "intermediates")
-        in_order = sorted(layers, key=layer_number)
-        maps = [layers[name]["attention"]["probabilities"][0] for name in in_order]
+        sown = _sown(module, params, images, "intermediates")
+        maps = [sown[name]["attention"]["probabilities"][0] for name in sorted(sown, key=layer_number)]
     if not maps:
         raise UserError(f"{type(module).__name__} has no attention layers to map.")
     return maps

@@ -37,10 +37,10 @@ def resolve(path: epath.PathLike, what: str) -> epath.Path:
     return epath.Path(expanded)
 
 
-def file_errors() -> tuple[type[Exception], ...]:
-    """Returns the types of what failed reads and writes raise: OSError, and TensorFlow's own where it reads gs://."""
+def file_errors(*others: type[Exception]) -> tuple[type[Exception], ...]:
+    """Returns what failed reads and writes raise, OSError and, where it reads gs://, TensorFlow's own, and `others`."""
     tensorflow = sys.modules.get("tensorflow")
-    return (OSError, tensorflow.errors.OpError) if tensorflow else (OSError,)
+    return (OSError, *([tensorflow.errors.OpError] if tensorflow else ()), *others)
 
 
 def write(path: epath.Path, content: bytes) -> None:

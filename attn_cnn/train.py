@@ -109,7 +109,7 @@ def check_same_data(dataset: Dataset) -> None:
     """Raises UserError unless all hosts loaded the same images and labels, in the same order."""
     crc = zlib.crc32(dataset.spec.to_json().encode())
     for array in dataset[:-1]:
-        crc = zlib.crc32(np.ascontiguousarray(array), crc)
+        crc = zlib.crc32(np.ascontiguousarray(array).data, crc)
     if len(set(devices.everywhere(crc & 0x7FFFFFFF).tolist())) > 1:
         raise UserError("the hosts loaded different data; give all of them the same files, in the same order.")
 

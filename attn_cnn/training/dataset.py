@@ -116,7 +116,7 @@ def _read(place: epath.Path) -> Dataset | None:
     try:
         with place.open("rb") as file, np.load(file) as arrays:
             return Dataset(**dict(arrays) | {"spec": Spec.from_json(str(arrays["spec"]))})
-    except (*paths.file_errors(), ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except paths.file_errors(ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         log.warning("The cache %s is damaged (%s): decoding again.", place, error)
         return None
 

@@ -205,7 +205,7 @@ def read_spec(workdir: epath.Path) -> Spec | None:
         return None
     try:
         return Spec.from_json(path.read_text())
-    except (*paths.file_errors(), ValueError, KeyError, TypeError) as error:
+    except paths.file_errors(ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} does not describe the run's data: {first_line(error)}") from None
 
 
@@ -232,7 +232,7 @@ def read_config(path: epath.Path) -> ml_collections.ConfigDict:
 
     try:
         return ml_collections.ConfigDict(tuples(json.loads(path.read_text())))
-    except (*paths.file_errors(), RecursionError, AttributeError, TypeError, ValueError) as error:
+    except paths.file_errors(RecursionError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not a config: {first_line(error)}") from None
 
 
@@ -248,7 +248,7 @@ def read_surgery(workdir: epath.Path) -> Surgery | None:
     try:
         fields = json.loads(path.read_text())
         return Surgery(*(tuple(tuple(map(int, heads)) for heads in fields[name]) for name in Surgery._fields))
-    except (*paths.file_errors(), KeyError, TypeError, ValueError) as error:
+    except paths.file_errors(KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} does not say which heads remain: {first_line(error)}") from None
 
 
