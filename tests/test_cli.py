@@ -46,7 +46,7 @@ MISTAKES = {
     "images of training": (["--config=configs/quadratic.py:digits", "--images=a.png"], "goes with --mode=predict"),
     "nothing to evaluate": (
         ["--config=configs/quadratic.py:digits", "--mode=evaluate", "--workdir=/nonexistent/run"],
-        "holds no run to evaluate",
+        "holds no run; train one first",
     ),
 }
 QUICK = ("field", "type", "value")  # each takes a second to start Python
