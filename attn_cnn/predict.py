@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import tabulate
 from etils import epath
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from attn_cnn import paths
 from attn_cnn.errors import UserError
@@ -66,6 +66,11 @@ def logits(
 def predict(run: Run, images: UInt8[np.ndarray, "images height width channels"]) -> Float[np.ndarray, "images classes"]:
     """Returns the probabilities of the classes for pictures of the size of the run's data."""
     return np.asarray(jax.nn.softmax(logits(run, images)))
+
+
+def accuracy(logits: Float[np.ndarray, "images classes"], labels: Int[np.ndarray, "images"]) -> float:
+    """Returns the share of images whose largest logit is that of their label."""
+    return float((logits.argmax(-1) == labels).mean())
 
 
 def describe(run: Run, files: list[epath.Path]) -> str:

@@ -4,11 +4,9 @@ import contextlib
 import functools
 import logging
 import signal
-import zlib
 
 import jax
 import ml_collections
-import numpy as np
 from etils import epath
 
 from attn_cnn.errors import Stopped, UserError
@@ -100,17 +98,14 @@ def load_data(config: ml_collections.ConfigDict) -> Dataset:
 
 def check_same_config(config: ml_collections.ConfigDict) -> None:
     """Raises UserError unless all hosts were given the same config."""
-    seen = devices.everywhere(zlib.crc32(config.to_json().encode()) & 0x7FFFFFFF)
-    if len(set(seen.tolist())) > 1:
+    if not devices.agree(config.to_json().encode()):
         raise UserError("the hosts were given different configs; start all of them with the same command.")
 
 
 def check_same_data(dataset: Dataset) -> None:
     """Raises UserError unless all hosts loaded the same images and labels, in the same order."""
-    crc = zlib.crc32(dataset.spec.to_json().encode())
-    for array in dataset[:-1]:
-        crc = zlib.crc32(np.ascontiguousarray(array).data, crc)
-    if len(set(devices.everywhere(crc & 0x7FFFFFFF).tolist())) > 1:
+    *arrays, spec = dataset
+    if not devices.agree(spec.to_json().encode(), *arrays):
         raise UserError("the hosts loaded different data; give all of them the same files, in the same order.")
 
 

@@ -48,10 +48,8 @@ def test_a_pruned_run_starts_from_the_run_of_the_same_seed():
 
 def test_no_run_starts_from_one_that_is_not_finished(tmp_path):
     said = train(Variant("quadratic_pruned", "digits"), epath.Path(tmp_path), 0)
-    assert (
-        said
-        == "quadratic_pruned_digits_seed0: quadratic_generalized_digits_seed0, from which it starts, is not finished"
-    )
+    start = "quadratic_generalized_digits_seed0"
+    assert said == f"quadratic_pruned_digits_seed0: {start}, from which it starts, is not finished"
     assert not list(tmp_path.iterdir())
 
 

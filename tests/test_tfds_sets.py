@@ -160,7 +160,7 @@ def test_a_damaged_data_set_is_named(tiny_cifar):
         data.load("cifar10", str(tiny_cifar))
 
 
-def prepare(folder, name="shapes", images=None, file_format=None, size=(6, 5, 3), least=0):
+def prepare(folder, name="shapes", file_format=None, size=(6, 5, 3), least=0):
     """Prepares a small data set with tfds, with splits of its own names; returns its images and labels by split."""
     tfds = pytest.importorskip("tensorflow_datasets")
     rng = np.random.default_rng(0)

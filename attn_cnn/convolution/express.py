@@ -19,11 +19,10 @@ from etils import epath
 from jaxtyping import Array, Float, UInt8
 
 from attn_cnn.attention import ConvolutionalAttention
-from attn_cnn.convolution.evaluation import accuracy
 from attn_cnn.convolution.theorem import attention_from_convolution
 from attn_cnn.errors import UserError
 from attn_cnn.model import create_model
-from attn_cnn.predict import logits, network
+from attn_cnn.predict import accuracy, logits, network
 from attn_cnn.report import count_parameters
 from attn_cnn.training import data
 from attn_cnn.training import workdir as workdir_lib

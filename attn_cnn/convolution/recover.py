@@ -24,7 +24,6 @@ from jaxtyping import Array, Float, UInt8
 from attn_cnn import attention
 from attn_cnn.convolution import kernels as kernels_lib
 from attn_cnn.convolution import replace
-from attn_cnn.convolution.evaluation import accuracy
 from attn_cnn.convolution.kernels import Average, Window
 from attn_cnn.convolution.replace import TUNED_SIDE, Cut
 from attn_cnn.convolution.theorem import kernels_by_shift, outside, position_encoding
@@ -32,7 +31,7 @@ from attn_cnn.encodings import encoding_class
 from attn_cnn.errors import UserError
 from attn_cnn.heads.surgery import numbers_of_heads
 from attn_cnn.maps import Maps
-from attn_cnn.predict import logits
+from attn_cnn.predict import accuracy, logits
 from attn_cnn.training import augment, data
 from attn_cnn.training.dataset import Dataset
 from attn_cnn.training.experiment import precision_of

@@ -41,6 +41,7 @@ from attn_cnn.explorer.network import Step
 from attn_cnn.heads import history as history_lib
 from attn_cnn.heads.measure import stacked
 from attn_cnn.maps import Maps
+from attn_cnn.model import has_heads
 from attn_cnn.training import augment, data
 from attn_cnn.training.experiment import precision_of
 from attn_cnn.training.runs import Run, load_config, load_run
@@ -195,7 +196,7 @@ def history(workdir: epath.Path) -> dict[str, np.ndarray] | None:
 
 def trail(workdir: epath.Path) -> dict[str, np.ndarray] | None:
     """Returns centers and precisions of the heads at each checkpoint that can be read, where they are Gaussians."""
-    if load_config(workdir).model.name == "resnet18":
+    if not has_heads(load_config(workdir).model):
         return None
     found = {}
     for step in sorted(int(path.name) for path in (workdir / CHECKPOINTS).iterdir() if path.name.isdigit()):
@@ -203,12 +204,9 @@ def trail(workdir: epath.Path) -> dict[str, np.ndarray] | None:
             found[step] = _gaussians(load_run(workdir, step))
         except UserError as error:
             log.warning("The heads' history leaves out step %d: %s", step, error)
-    gaussians = [heads for heads in found.values() if heads is not None]
-    if len(gaussians) < max(2, len(found)):
+    if len(found) < 2 or any(heads is None for heads in found.values()):
         return None
-    return {"step": np.array(list(found))} | {
-        name: np.stack([each[name] for each in gaussians]) for name in gaussians[0]
-    }
+    return {"step": np.array(list(found)), **jax.tree.map(lambda *heads: np.stack(heads), *found.values())}
 
 
 def _gaussians(run: Run) -> dict[str, np.ndarray] | None:

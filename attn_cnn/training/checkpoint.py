@@ -135,7 +135,7 @@ class Checkpoints:
           UserError: the hosts do not see the same ones, as where a shared disk is slow to show what was written.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
-        if len(set(devices.everywhere(zlib.crc32(json.dumps(steps).encode()) & 0x7FFFFFFF).tolist())) > 1:
+        if not devices.agree(json.dumps(steps).encode()):
             raise UserError(f"the hosts see different checkpoints in {self.directory}; start all of them again.")
         return steps
 

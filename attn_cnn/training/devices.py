@@ -5,9 +5,11 @@ the same on every device, and the device's share. The share says which places of
 that nothing depends on how devices are numbered across hosts.
 """
 
+import functools
 import logging
 import math
 import os
+import zlib
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -118,6 +120,14 @@ def everywhere(value: bool | int) -> Int[np.ndarray, "processes"]:
     if jax.process_count() == 1:
         return np.array([int(value)])
     return np.asarray(multihost_utils.process_allgather(np.int32(value))).reshape(-1)
+
+
+def agree(*parts: bytes | np.ndarray) -> bool:
+    """Returns whether all processes were given the same bytes; a process alone need not read them."""
+    if jax.process_count() == 1:
+        return True
+    crc = functools.reduce(lambda crc, part: zlib.crc32(bytes(part), crc), parts, 0)
+    return len(set(everywhere(crc & 0x7FFFFFFF).tolist())) == 1
 
 
 def check_memory(needed: int) -> None:
