@@ -6,9 +6,11 @@
 
 Each run is one of main.py, in a folder of its own below --runs, with its output beside it. Stopped anywhere, the same
 command goes on. Every seed is finished for all experiments before the next begins. Accuracy is of the last epoch, never
-of the best by the test set.
+of the best by the test set. Beside the page lies a record, as docs/results.json: what it has by today's config is not
+trained again, so that a page can be finished on other days and machines, once the runs are gone.
 """
 
+import importlib
 import itertools
 import re
 import subprocess
@@ -16,17 +18,17 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-import jax
+import ml_collections
 import numpy as np
 import tabulate
 from absl import flags
 from etils import epath
 
-from attn_cnn import cli, drawing, paths, report
+from attn_cnn import cli, drawing, paths
 from attn_cnn.errors import UserError
 from attn_cnn.figures import curves
-from attn_cnn.model import abstract_variables
-from attn_cnn.training import metrics, runs
+from benchmarks import results
+from benchmarks.results import Result
 
 EXPERIMENTS = (
     "quadratic",
@@ -65,8 +67,17 @@ class Variant(NamedTuple):
 
     def workdir(self, folder: epath.Path, seed: int) -> epath.Path:
         """Returns where the run with this seed lives."""
+        return folder / self.run_name(seed)
+
+    def run_name(self, seed: int) -> str:
+        """Returns the name of the run with this seed, which is that of its workdir."""
         parts = [self.experiment, self.scale, *(f"{field}={value}" for field, value in self.fields), f"seed{seed}"]
-        return folder / re.sub(r"[^\w.=+-]", "_", "_".join(parts))
+        return re.sub(r"[^\w.=+-]", "_", "_".join(parts))
+
+    def config(self) -> ml_collections.ConfigDict:
+        """Returns the config as its file has it, without `fields`."""
+        module = importlib.import_module(f"configs.{self.experiment}")
+        return module.get_config("" if self.scale == "paper" else self.scale)
 
     def start(self, folder: epath.Path, seed: int) -> epath.Path | None:
         """Returns the run that the one with this seed starts from, or None."""
@@ -84,57 +95,25 @@ class Variant(NamedTuple):
         return [sys.executable, "main.py", *arguments, *(f"--config.{field}={value}" for field, value in fields)]
 
 
-class Result(NamedTuple):
-    """What a run has come to.
-
-    Attributes:
-      epochs: epochs done.
-      of: epochs there are to be.
-      accuracy: of the last epoch, on what the run is evaluated on.
-      minutes: spent in training steps, by their measured rate; compilation and evaluation come on top.
-    """
-
-    epochs: int
-    of: int
-    accuracy: float
-    minutes: float
-
-
-def result(workdir: epath.Path) -> Result | None:
-    """Returns what the run in `workdir` has come to; None where it has not finished an epoch."""
-    if not (workdir / "config.json").exists():
-        return None
-    try:
-        epochs, accuracies = curves.read(workdir, workdir.name).accuracy
-    except UserError:
-        return None
-    config = runs.load_config(workdir)
-    minutes = training_seconds(workdir, config.batch_size) / 60
-    return Result(round(epochs[-1]), config.epochs, float(accuracies[-1]), minutes)
-
-
-def results_of(variant: Variant, folder: epath.Path, seeds: Sequence[int]) -> dict[epath.Path, Result]:
-    """Returns the results of a variant's runs that have some, by workdir."""
-    workdirs = [variant.workdir(folder, seed) for seed in seeds]
-    return {workdir: found for workdir in workdirs if (found := result(workdir))}
-
-
-def training_seconds(workdir: epath.Path, batch_size: int) -> float:
-    """Returns the seconds that a run's steps took, on as many devices as are here."""
-    scalars = metrics.read(workdir / "metrics")
-    measured = {step: value for step, tag, value in scalars if tag == "images_per_second_per_device"}
-    steps, rates = np.array(sorted(measured.items())).reshape(-1, 2).T
-    return float(sum(np.diff(steps, prepend=0) * batch_size / jax.device_count() / rates))
+def is_recorded(variant: Variant, seed: int, record: dict[str, Result]) -> bool:
+    """Whether a record has the run with this seed, finished, by the config as it is now; says so where that differs."""
+    found = record.get(variant.run_name(seed))
+    if not (found and found.finished):
+        return False
+    own = {"seed", "init_from", *(name for name, _ in variant.fields)}
+    changes = results.changes(found, variant.config(), own)
+    if changes:
+        print(f"{variant.run_name(seed)} is recorded, but by another config: {'; '.join(changes)}", flush=True)
+    return not changes
 
 
 def train(variant: Variant, folder: epath.Path, seed: int) -> str:
     """Trains a run to its end, unless it is there, and returns "", or the last line of its output where it failed."""
     workdir = variant.workdir(folder, seed)
-    found = result(workdir)
-    if found and found.epochs == found.of:
+    if is_finished(workdir):
         return ""
     start = variant.start(folder, seed)
-    if start and not ((before := result(start)) and before.epochs == before.of):
+    if start and not is_finished(start):
         return f"{workdir.name}: {start.name}, from which it starts, is not finished"
     print(f"{workdir.name} ...", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
@@ -144,9 +123,14 @@ def train(variant: Variant, folder: epath.Path, seed: int) -> str:
     return f"{workdir.name}: {(log.read_text().splitlines() or ['no output'])[-1]}" if failed else ""
 
 
-def table(results: dict[Variant, dict[epath.Path, Result]]) -> str:
-    """Returns the results, by variant and workdir, as a row for each variant, in Markdown."""
-    rows = [_row(variant, of_workdirs) for variant, of_workdirs in results.items()]
+def is_finished(workdir: epath.Path) -> bool:
+    """Whether there is a run in `workdir` that has done all its epochs."""
+    found = results.read(workdir)
+    return found is not None and found.finished
+
+
+def table(rows: dict[Variant, list[Result]]) -> str:
+    """Returns the results of each variant, one for each seed that was begun, as a row of a table in Markdown."""
     headers = [
         "experiment",
         "accuracy",
@@ -156,30 +140,29 @@ def table(results: dict[Variant, dict[epath.Path, Result]]) -> str:
         "minutes",
         "the paper's, at its scale",
     ]
-    return tabulate.tabulate(rows, headers, "github", disable_numparse=True, colalign=("left", *["right"] * 6))
+    cells = [_row(variant, found) for variant, found in rows.items()]
+    return tabulate.tabulate(cells, headers, "github", disable_numparse=True, colalign=("left", *["right"] * 6))
 
 
-def _row(variant: Variant, results: dict[epath.Path, Result]) -> list[str]:
-    if not results:
+def _row(variant: Variant, found: list[Result]) -> list[str]:
+    if not found:
         return [variant.name, "not run", "", "", "", "", _paper(variant)]
-    found, first = list(results.values()), next(iter(results))
-    done = [each.accuracy for each in found if each.epochs == each.of]
+    done = [each.accuracy[1][-1] for each in found if each.finished]
     spread = f" ± {np.std(done, ddof=1):.4f}" if len(done) > 1 else ""
-    model = runs.model_as_left(runs.load_config(first), first)
     return [
         variant.name,
         ", ".join(map(_accuracy, found)),
         f"{np.mean(done):.4f}{spread}" if done else "",
-        f"{report.count_parameters(abstract_variables(model)['params']):,}",
-        f"{report.paper_flops(model) / 1e6:.1f}",
+        f"{found[0].parameters:,}",
+        f"{found[0].flops / 1e6:.1f}",
         ", ".join(f"{each.minutes:.0f}" for each in found),
         _paper(variant),
     ]
 
 
 def _accuracy(result: Result) -> str:
-    unfinished = "" if result.epochs == result.of else f" (epoch {result.epochs} of {result.of})"
-    return f"{result.accuracy:.4f}{unfinished}"
+    unfinished = "" if result.finished else f" (epoch {result.epochs} of {result.config['epochs']})"
+    return f"{result.accuracy[1][-1]:.4f}{unfinished}"
 
 
 def _paper(variant: Variant) -> str:
@@ -187,13 +170,22 @@ def _paper(variant: Variant) -> str:
     return f"{accuracy:.3f}" if accuracy else ""
 
 
-def write(path: epath.Path, text: str) -> None:
-    """Puts the text between the marks in the page at `path`, or makes the page."""
-    page = path.read_text() if path.exists() else f"{BEGIN}\n{END}\n"
+def page_around(path: epath.Path) -> tuple[str, str]:
+    """Returns what stands before and after the results in the page at `path`; nothing where there is no page yet.
+
+    Raises:
+      UserError: the page has no marks, between which results go.
+    """
+    page = path.read_text() if path.exists() else f"{BEGIN}{END}\n"
     if BEGIN not in page or END not in page:
         raise UserError(f"{path} has no {BEGIN} and {END}, between which results are written.")
-    before, after = page.split(BEGIN)[0], page.split(END)[1]
-    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+    return page.split(BEGIN)[0], page.split(END)[1]
+
+
+def write(path: epath.Path, text: str) -> None:
+    """Puts the text between the marks in the page at `path`, or makes the page."""
+    before, after = page_around(path)
+    paths.write(path, f"{before}{BEGIN}\n{text}\n{END}{after}".encode())
 
 
 def variants_of(experiments: Iterable[str], scale: str, sweep: Sequence[str]) -> list[Variant]:
@@ -206,16 +198,16 @@ def variants_of(experiments: Iterable[str], scale: str, sweep: Sequence[str]) ->
     return [Variant(experiment, scale, chosen) for experiment in experiments for chosen in itertools.product(*fields)]
 
 
-def write_results(results: dict[Variant, dict[epath.Path, Result]], out: epath.Path) -> None:
+def write_results(rows: dict[Variant, list[Result]], out: epath.Path) -> None:
     """Writes the table, and the learning curves of the first seed of each variant, into a page."""
-    drawn = [curves.read(next(iter(runs_of)), variant.name) for variant, runs_of in results.items() if runs_of]
+    drawn = [results.curves_of(found[0], variant.name) for variant, found in rows.items() if found]
     picture = out.with_suffix(".png")
     drawing.save(curves.draw(drawn), picture)
-    write(out, f"{table(results)}\n\n![Learning curves]({picture.name})")
+    write(out, f"{table(rows)}\n\n![Learning curves]({picture.name})")
 
 
-def main(_):
-    given = flags.FLAGS
+def check(given: flags.FlagValues) -> None:
+    """Raises UserError where flags are wrong, or the page cannot take results."""
     if unknown := set(given.experiments) - set(EXPERIMENTS):
         raise UserError(f"--experiments names {', '.join(sorted(unknown))}; there are {', '.join(EXPERIMENTS)}.")
     if bad := [each for each in given.sweep if not all(each.partition("="))]:
@@ -225,16 +217,32 @@ def main(_):
         raise UserError(f"--sweep names {max(swept, key=swept.count)} twice; give its values together.")
     if bad := [seed for seed in given.seeds or [""] if not seed.isdigit()]:
         raise UserError(f"--seeds names {bad[0]!r}; seeds are whole numbers, as in --seeds=0,1,2.")
+    if given.out:
+        page_around(paths.resolve(given.out, "--out"))
+
+
+def main(_):
+    given = flags.FLAGS
+    check(given)
     folder, seeds = paths.resolve(given.runs, "--runs"), [int(seed) for seed in given.seeds]
     experiments = given.experiments
     if given.scale == "pyramid" and not flags.FLAGS["experiments"].present:
         experiments = [name for name in experiments if name != "resnet18"]  # its grid halves at every scale
     variants = variants_of(experiments, given.scale, given.sweep)
-    failures = [failure for seed in seeds for each in variants if (failure := train(each, folder, seed))]
-    results = {each: results_of(each, folder, seeds) for each in variants}
-    print(table(results))
-    if given.out:
-        write_results(results, paths.resolve(given.out, "--out"))
+    out = paths.resolve(given.out, "--out") if given.out else None
+    record = results.read_record(out.with_suffix(".json")) if out else {}
+    asked = [(variant, seed) for seed in seeds for variant in variants]
+    to_train = [(variant, seed) for variant, seed in asked if not is_recorded(variant, seed, record)]
+    failures = [failure for variant, seed in to_train if (failure := train(variant, folder, seed))]
+    names = [variant.run_name(seed) for variant, seed in to_train]
+    trained = {name: found for name in names if (found := results.read(folder / name))}
+    shown = {name: found for name, found in record.items() if name not in names} | trained
+    rows = {each: [shown[name] for seed in seeds if (name := each.run_name(seed)) in shown] for each in variants}
+    print(table(rows))
+    if out:
+        finished = {name: found for name, found in trained.items() if found.finished}
+        results.write_record(out.with_suffix(".json"), record | finished)
+        write_results(rows, out)
     if failures:
         raise UserError("These runs failed, and go on with the same command: " + "; ".join(failures))
 

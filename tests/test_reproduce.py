@@ -1,10 +1,18 @@
 """One command trains every experiment and every seed, goes on where it was stopped, and writes what came out."""
 
+import json
+import shutil
+
+import numpy as np
 import pytest
 from etils import epath
-from program import run_module
+from program import run, run_module
 
-from benchmarks.reproduce import Variant, result, train, variants_of, write
+from attn_cnn.errors import UserError
+from benchmarks import results
+from benchmarks.reproduce import Variant, is_recorded, train, variants_of, write
+from benchmarks.results import Result
+from configs import quadratic
 
 pytestmark = pytest.mark.slow
 TINY = ("--sweep=epochs=1", "--sweep=model.layers=1", "--sweep=model.hidden_size=16", "--sweep=model.mlp_size=16")
@@ -31,6 +39,66 @@ def test_a_sweep_over_seeds_is_one_table_and_is_not_trained_twice(tmp_path):
     again = reproduce(tmp_path, *command)
     assert again.returncode == 0 and "..." not in again.stdout
     assert again.stdout == "".join(first.stdout.splitlines(keepends=True)[2:])
+
+    shutil.rmtree(tmp_path / "runs")
+    from_record = reproduce(tmp_path, *command)
+    assert from_record.returncode == 0 and from_record.stdout == again.stdout
+    assert not (tmp_path / "runs").exists()
+
+
+RECORDED = Result(
+    config=json.loads(quadratic.get_config("digits").to_json()) | {"seed": 3},
+    epochs=60,
+    accuracy=[[59.0, 60.0], [0.5, 0.75]],
+    loss=[[59.0, 60.0], [0.2, 0.1]],
+    split="test",
+    minutes=1.5,
+    parameters=123,
+    flops=456,
+)
+
+
+def test_a_record_is_read_as_it_was_written(tmp_path):
+    path = epath.Path(tmp_path / "results.json")
+    assert results.read_record(path) == {}
+    results.write_record(path, {"quadratic_digits_seed3": RECORDED})
+    assert results.read_record(path) == {"quadratic_digits_seed3": RECORDED}
+
+
+def test_what_is_no_record_is_said(tmp_path):
+    path = epath.Path(tmp_path / "results.json")
+    path.write_text("[1]")
+    with pytest.raises(UserError, match="is no record of results"):
+        results.read_record(path)
+
+
+def test_a_recorded_run_counts_while_its_recipe_is_todays(capsys):
+    of_digits = Variant("quadratic", "digits")
+    assert is_recorded(of_digits, 3, {"quadratic_digits_seed3": RECORDED})
+    assert not is_recorded(of_digits, 2, {"quadratic_digits_seed3": RECORDED})
+    assert not is_recorded(of_digits, 3, {"quadratic_digits_seed3": RECORDED._replace(epochs=59)})
+    assert capsys.readouterr().out == ""
+
+    other = RECORDED._replace(config=RECORDED.config | {"label_smoothing": 0.25})
+    assert not is_recorded(of_digits, 3, {"quadratic_digits_seed3": other})
+    assert "label_smoothing: 0.25 then, 0.0 now" in capsys.readouterr().out
+    swept = Variant("quadratic", "digits", (("label_smoothing", "0.25"),))
+    assert is_recorded(swept, 3, {swept.run_name(3): other})
+
+
+def test_the_loss_of_an_epoch_is_the_mean_of_its_points():
+    loss = results.mean_of_epochs(np.array([[0.5, 1.0, 1.5, 2.0, 2.25], [4.0, 2.0, 1.0, 3.0, 5.0]]))
+    np.testing.assert_array_equal(loss, [[1, 2, 3], [3, 2, 5]])
+
+
+def test_a_record_holds_no_folder_of_the_machine(tmp_path):
+    first, second = epath.Path(tmp_path / "first"), epath.Path(tmp_path / "second")
+    run("--config.epochs=1", f"--workdir={first}")
+    run("--config.epochs=1", f"--workdir={second}", f"--config.init_from={first}")
+    path = epath.Path(tmp_path / "results.json")
+    results.write_record(path, {"second": results.read(second)})
+    assert str(tmp_path) not in path.read_text()
+    assert json.loads(path.read_text())["second"]["config"]["init_from"] == "first"
 
 
 def test_a_run_that_fails_is_named_and_the_others_are_finished(tmp_path):
@@ -64,7 +132,7 @@ def test_a_sweep_tries_every_choice():
 
 
 def test_what_has_not_begun_has_no_result(tmp_path):
-    assert result(epath.Path(tmp_path)) is None
+    assert results.read(epath.Path(tmp_path)) is None
 
 
 def test_a_page_without_marks_is_left_alone(tmp_path):
