@@ -79,6 +79,11 @@ class Variant(NamedTuple):
         module = importlib.import_module(f"configs.{self.experiment}")
         return module.get_config("" if self.scale == "paper" else self.scale)
 
+    def changes(self, found: Result) -> list[str]:
+        """Returns in what a result's config differs from today's with these `fields`, as lines."""
+        own = {"seed", "init_from", *(name for name, _ in self.fields)}
+        return results.changes(found, self.config(), own)
+
     def start(self, folder: epath.Path, seed: int) -> epath.Path | None:
         """Returns the run that the one with this seed starts from, or None."""
         if self.experiment != "quadratic_pruned":
@@ -96,24 +101,24 @@ class Variant(NamedTuple):
 
 
 def is_recorded(variant: Variant, seed: int, record: dict[str, Result]) -> bool:
-    """Whether a record has the run with this seed, finished, by the config as it is now; says so where that differs."""
+    """Whether a record has the run with this seed by the config as it is now; says so where that differs."""
     found = record.get(variant.run_name(seed))
-    if not (found and found.finished):
-        return False
-    own = {"seed", "init_from", *(name for name, _ in variant.fields)}
-    changes = results.changes(found, variant.config(), own)
+    changes = variant.changes(found) if found else []
     if changes:
         print(f"{variant.run_name(seed)} is recorded, but by another config: {'; '.join(changes)}", flush=True)
-    return not changes
+    return found is not None and not changes
 
 
 def train(variant: Variant, folder: epath.Path, seed: int) -> str:
     """Trains a run to its end, unless it is there, and returns "", or the last line of its output where it failed."""
     workdir = variant.workdir(folder, seed)
-    if is_finished(workdir):
+    found = results.read(workdir)
+    if found and (changes := variant.changes(found)):
+        return f"{workdir.name}: there is a run by another config, to be moved away ({'; '.join(changes)})"
+    if found and found.finished:
         return ""
     start = variant.start(folder, seed)
-    if start and not is_finished(start):
+    if start and not ((before := results.read(start)) and before.finished):
         return f"{workdir.name}: {start.name}, from which it starts, is not finished"
     print(f"{workdir.name} ...", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
@@ -123,10 +128,10 @@ def train(variant: Variant, folder: epath.Path, seed: int) -> str:
     return f"{workdir.name}: {(log.read_text().splitlines() or ['no output'])[-1]}" if failed else ""
 
 
-def is_finished(workdir: epath.Path) -> bool:
-    """Whether there is a run in `workdir` that has done all its epochs."""
-    found = results.read(workdir)
-    return found is not None and found.finished
+def results_of(of: Iterable[tuple[Variant, int]], folder: epath.Path) -> dict[str, Result]:
+    """Returns the results that variants with their seeds have by the config as it is now, by the run's name."""
+    found = {(variant, seed): results.read(variant.workdir(folder, seed)) for variant, seed in of}
+    return {v.run_name(seed): result for (v, seed), result in found.items() if result and not v.changes(result)}
 
 
 def table(rows: dict[Variant, list[Result]]) -> str:
@@ -199,11 +204,12 @@ def variants_of(experiments: Iterable[str], scale: str, sweep: Sequence[str]) ->
 
 
 def write_results(rows: dict[Variant, list[Result]], out: epath.Path) -> None:
-    """Writes the table, and the learning curves of the first seed of each variant, into a page."""
+    """Writes the table and, where there are results, the learning curves of each variant's first seed, into a page."""
     drawn = [results.curves_of(found[0], variant.name) for variant, found in rows.items() if found]
     picture = out.with_suffix(".png")
-    drawing.save(curves.draw(drawn), picture)
-    write(out, f"{table(rows)}\n\n![Learning curves]({picture.name})")
+    if drawn:
+        drawing.save(curves.draw(drawn), picture)
+    write(out, "\n\n".join([table(rows), f"![Learning curves]({picture.name})"][: 1 + bool(drawn)]))
 
 
 def check(given: flags.FlagValues) -> None:
@@ -234,13 +240,12 @@ def main(_):
     asked = [(variant, seed) for seed in seeds for variant in variants]
     to_train = [(variant, seed) for variant, seed in asked if not is_recorded(variant, seed, record)]
     failures = [failure for variant, seed in to_train if (failure := train(variant, folder, seed))]
-    names = [variant.run_name(seed) for variant, seed in to_train]
-    trained = {name: found for name in names if (found := results.read(folder / name))}
-    shown = {name: found for name, found in record.items() if name not in names} | trained
+    trained, to_be_trained = results_of(to_train, folder), {variant.run_name(seed) for variant, seed in to_train}
+    shown = {name: found for name, found in record.items() if name not in to_be_trained} | trained
     rows = {each: [shown[name] for seed in seeds if (name := each.run_name(seed)) in shown] for each in variants}
     print(table(rows))
     if out:
-        finished = {name: found for name, found in trained.items() if found.finished}
+        finished = {name: result for name, result in trained.items() if result.finished}
         results.write_record(out.with_suffix(".json"), record | finished)
         write_results(rows, out)
     if failures:

@@ -76,7 +76,6 @@ def test_a_recorded_run_counts_while_its_recipe_is_todays(capsys):
     of_digits = Variant("quadratic", "digits")
     assert is_recorded(of_digits, 3, {"quadratic_digits_seed3": RECORDED})
     assert not is_recorded(of_digits, 2, {"quadratic_digits_seed3": RECORDED})
-    assert not is_recorded(of_digits, 3, {"quadratic_digits_seed3": RECORDED._replace(epochs=59)})
     assert capsys.readouterr().out == ""
 
     other = RECORDED._replace(config=RECORDED.config | {"label_smoothing": 0.25})
@@ -121,6 +120,14 @@ def test_no_run_starts_from_one_that_is_not_finished(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_run_of_another_recipe_is_not_taken_for_todays(tmp_path):
+    run("--config.epochs=1", f"--workdir={tmp_path}/runs/quadratic_digits_seed0")
+    done = reproduce(tmp_path, "--experiments=quadratic", f"--out={tmp_path}/results.md")
+    assert done.returncode == 1 and "quadratic_digits_seed0: there is a run by another config" in done.stderr
+    assert "model.layers: 1 then, 3 now" in done.stderr and "Warning" not in done.stderr
+    assert "not run" in done.stdout and (tmp_path / "results.json").read_text().split() == ["{", "}"]
+
+
 def test_the_papers_scale_is_the_config_as_it_is():
     assert "--config=configs/learned.py" in Variant("learned", "paper").command(epath.Path("runs"), 0)
 
@@ -150,6 +157,7 @@ def test_a_page_without_marks_is_left_alone(tmp_path):
         ("--sweep=optimizer.momentum", "--sweep=optimizer.momentum is not understood"),
         ("--seeds=x", "--seeds names 'x'"),
         ("--seeds=", "--seeds names ''"),
+        ("--out=README.md", "between which results"),
     ],
 )
 def test_what_is_wrong_is_said(tmp_path, argument, said):
