@@ -41,7 +41,8 @@ from attn_cnn.errors import UserError, first_line
 from attn_cnn.mixing import Device
 from attn_cnn.training import devices, steps
 from attn_cnn.training.experiment import Experiment, abstract_state
-from benchmarks import common, reproduce
+from benchmarks import common
+from benchmarks.experiments import EXPERIMENTS as ALL
 
 GIB = 2**30
 IMAGES = 50_000
@@ -278,9 +279,7 @@ def main(_):
 if __name__ == "__main__":
     flags.DEFINE_multi_enum("target", list(TARGETS), list(TARGETS), "What to compile for; several times for several.")
     flags.DEFINE_list("experiments", [], "Which experiments; none: all for v5e-8 and h100-1, quadratic for others.")
-    flags.register_validator(
-        "experiments", set(reproduce.EXPERIMENTS).issuperset, f"There are {', '.join(reproduce.EXPERIMENTS)}."
-    )
+    flags.register_validator("experiments", set(ALL).issuperset, f"There are {', '.join(ALL)}.")
     flags.DEFINE_list("dtypes", [], "float32, bfloat16; none: both for v5e-8 and h100-1, bfloat16 for others.")
     flags.register_validator("dtypes", {"float32", "bfloat16"}.issuperset, "There are float32 and bfloat16.")
     flags.DEFINE_integer("batch", 0, "Images in a step; 0: 128, or 8 for each device where that is more.")

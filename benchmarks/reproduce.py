@@ -6,132 +6,62 @@
 
 Each run is one of main.py, in a folder of its own below --runs, with its output beside it. Stopped anywhere, the same
 command goes on. Every seed is finished for all experiments before the next begins. Accuracy is of the last epoch, never
-of the best by the test set. Beside the page lies a record, as docs/results.json: what it has by today's config is not
-trained again, so that a page can be finished on other days and machines, once the runs are gone.
+of the best by the test set.
+
+After each run the page is written, and beside it a record, as docs/results.json. A run that the record has by today's
+config is not trained again, and the page shows all of them: it can be finished on other days and machines, where the
+former runs are gone.
 """
 
-import importlib
 import itertools
 import re
 import subprocess
-import sys
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
-import ml_collections
+import jax
 import numpy as np
 import tabulate
 from absl import flags
 from etils import epath
 
 from attn_cnn import cli, drawing, paths
-from attn_cnn.errors import UserError
+from attn_cnn.errors import UserError, first_line
 from attn_cnn.figures import curves
 from benchmarks import results
+from benchmarks.experiments import EXPERIMENTS, Run, Variant
 from benchmarks.results import Result
 
-EXPERIMENTS = (
-    "quadratic",
-    "convolution",
-    "resnet18",
-    "learned",
-    "quadratic_generalized",
-    "quadratic_pruned",
-    "learned_content",
-    "gated",
-    "learned_query",
-    "learned_content_position",
-    "many_heads",
-)
 BEGIN, END = "<!-- results -->", "<!-- /results -->"  # what lies between is written anew
 COMMA = re.compile(r",(?![^(]*\))")  # none in a tuple
 
 
-class Variant(NamedTuple):
-    """An experiment at a scale with some fields of its config set, trained once for each seed.
+def train(run: Run, folder: epath.Path) -> str:
+    """Trains a run to its end, first the one it starts from, and returns "" or, where that failed, why.
 
-    Attributes:
-      experiment: the config's name.
-      scale: "paper", or as after the colon in configs/quadratic.py:small.
-      fields: name and value of each field, as on the command line.
+    A run that is there already is not trained again.
     """
-
-    experiment: str
-    scale: str
-    fields: tuple[tuple[str, str], ...] = ()
-
-    @property
-    def name(self) -> str:
-        """What a table calls it."""
-        return " ".join([self.experiment, *(f"{field}={value}" for field, value in self.fields)])
-
-    def workdir(self, folder: epath.Path, seed: int) -> epath.Path:
-        """Returns where the run with this seed lives."""
-        return folder / self.run_name(seed)
-
-    def run_name(self, seed: int) -> str:
-        """Returns the name of the run with this seed, which is that of its workdir."""
-        parts = [self.experiment, self.scale, *(f"{field}={value}" for field, value in self.fields), f"seed{seed}"]
-        return re.sub(r"[^\w.=+-]", "_", "_".join(parts))
-
-    def config(self) -> ml_collections.ConfigDict:
-        """Returns the config as its file has it, without `fields`."""
-        module = importlib.import_module(f"configs.{self.experiment}")
-        return module.get_config("" if self.scale == "paper" else self.scale)
-
-    def changes(self, found: Result) -> list[str]:
-        """Returns in what a result's config differs from today's with these `fields`, as lines."""
-        own = {"seed", "init_from", *(name for name, _ in self.fields)}
-        return results.changes(found, self.config(), own)
-
-    def start(self, folder: epath.Path, seed: int) -> epath.Path | None:
-        """Returns the run that the one with this seed starts from, or None."""
-        if self.experiment != "quadratic_pruned":
-            return None
-        return Variant("quadratic_generalized", self.scale).workdir(folder, seed)
-
-    def command(self, folder: epath.Path, seed: int) -> list[str]:
-        """Returns the command that trains the run with this seed."""
-        scale = "" if self.scale == "paper" else f":{self.scale}"
-        arguments = [f"--config=configs/{self.experiment}.py{scale}", f"--workdir={self.workdir(folder, seed)}"]
-        if start := self.start(folder, seed):
-            arguments.append(f"--config.init_from={start}")
-        fields = [("seed", str(seed)), *self.fields]
-        return [sys.executable, "main.py", *arguments, *(f"--config.{field}={value}" for field, value in fields)]
-
-
-def is_recorded(variant: Variant, seed: int, record: dict[str, Result]) -> bool:
-    """Whether a record has the run with this seed by the config as it is now; says so where that differs."""
-    found = record.get(variant.run_name(seed))
-    changes = variant.changes(found) if found else []
-    if changes:
-        print(f"{variant.run_name(seed)} is recorded, but by another config: {'; '.join(changes)}", flush=True)
-    return found is not None and not changes
-
-
-def train(variant: Variant, folder: epath.Path, seed: int) -> str:
-    """Trains a run to its end, unless it is there, and returns "", or the last line of its output where it failed."""
-    workdir = variant.workdir(folder, seed)
+    if run.start and (failure := train(run.start, folder)):
+        return f"{run.name} needs {failure}"
+    workdir = run.workdir(folder)
     found = results.read(workdir)
-    if found and (changes := variant.changes(found)):
-        return f"{workdir.name}: there is a run by another config, to be moved away ({'; '.join(changes)})"
+    if found and (changes := results.changes(run, found)):
+        return f"{workdir}, which has another config: move it away ({'; '.join(changes)})"
     if found and found.finished:
         return ""
-    start = variant.start(folder, seed)
-    if start and not ((before := results.read(start)) and before.finished):
-        return f"{workdir.name}: {start.name}, from which it starts, is not finished"
-    print(f"{workdir.name} ...", flush=True)
+    print(f"{run.name} ...", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
-    log = workdir.with_name(f"{workdir.name}.log")
+    log = workdir.with_name(f"{run.name}.log")
     with log.open("a") as output:
-        failed = subprocess.run(variant.command(folder, seed), stdout=output, stderr=output).returncode
-    return f"{workdir.name}: {(log.read_text().splitlines() or ['no output'])[-1]}" if failed else ""
+        failed = subprocess.run(run.command(folder), stdout=output, stderr=output).returncode
+    return f"{run.name}: {(log.read_text().splitlines() or ['no output'])[-1]}" if failed else ""
 
 
-def results_of(of: Iterable[tuple[Variant, int]], folder: epath.Path) -> dict[str, Result]:
-    """Returns the results that variants with their seeds have by the config as it is now, by the run's name."""
-    found = {(variant, seed): results.read(variant.workdir(folder, seed)) for variant, seed in of}
-    return {v.run_name(seed): result for (v, seed), result in found.items() if result and not v.changes(result)}
+def gather(asked: Iterable[Run], folder: epath.Path, record: dict[Run, Result]) -> dict[Run, Result]:
+    """Returns the results by today's configs: those in a record and, of the other runs asked for, those in `folder`."""
+    known = {run: found for run, found in record.items() if run.variant.experiment in EXPERIMENTS}
+    recorded = {run: found for run, found in known.items() if not results.changes(run, found)}
+    read = {run: results.read(run.workdir(folder)) for run in asked if run not in recorded}
+    return recorded | {run: found for run, found in read.items() if found and not results.changes(run, found)}
 
 
 def table(rows: dict[Variant, list[Result]]) -> str:
@@ -142,7 +72,7 @@ def table(rows: dict[Variant, list[Result]]) -> str:
         "mean",
         "parameters",
         "MFLOPs an image",
-        "minutes",
+        "device minutes",
         "the paper's, at its scale",
     ]
     cells = [_row(variant, found) for variant, found in rows.items()]
@@ -152,7 +82,7 @@ def table(rows: dict[Variant, list[Result]]) -> str:
 def _row(variant: Variant, found: list[Result]) -> list[str]:
     if not found:
         return [variant.name, "not run", "", "", "", "", _paper(variant)]
-    done = [each.accuracy[1][-1] for each in found if each.finished]
+    done = [each.last_accuracy for each in found if each.finished]
     spread = f" ± {np.std(done, ddof=1):.4f}" if len(done) > 1 else ""
     return [
         variant.name,
@@ -160,14 +90,14 @@ def _row(variant: Variant, found: list[Result]) -> list[str]:
         f"{np.mean(done):.4f}{spread}" if done else "",
         f"{found[0].parameters:,}",
         f"{found[0].flops / 1e6:.1f}",
-        ", ".join(f"{each.minutes:.0f}" for each in found),
+        ", ".join(f"{each.device_minutes:.0f}" for each in found),
         _paper(variant),
     ]
 
 
 def _accuracy(result: Result) -> str:
     unfinished = "" if result.finished else f" (epoch {result.epochs} of {result.config['epochs']})"
-    return f"{result.accuracy[1][-1]:.4f}{unfinished}"
+    return f"{result.last_accuracy:.4f}{unfinished}"
 
 
 def _paper(variant: Variant) -> str:
@@ -176,21 +106,36 @@ def _paper(variant: Variant) -> str:
 
 
 def page_around(path: epath.Path) -> tuple[str, str]:
-    """Returns what stands before and after the results in the page at `path`; nothing where there is no page yet.
+    """Returns what stands before and after the results in the page at `path`; where there is no page yet, no text.
 
     Raises:
-      UserError: the page has no marks, between which results go.
+      UserError: the page cannot be read, or has not each mark once, between which results go.
     """
-    page = path.read_text() if path.exists() else f"{BEGIN}{END}\n"
-    if BEGIN not in page or END not in page:
-        raise UserError(f"{path} has no {BEGIN} and {END}, between which results are written.")
-    return page.split(BEGIN)[0], page.split(END)[1]
+    if path.suffix != ".md":
+        raise UserError(f"--out={path} is no page of Markdown; name one, as in --out=docs/results.md.")
+    try:
+        page = path.read_text() if path.exists() else f"{BEGIN}{END}\n"
+    except paths.file_errors(ValueError) as error:
+        raise UserError(f"{path} cannot be read: {first_line(error)}") from None
+    if not re.fullmatch(f"(?!.*{BEGIN}.*{BEGIN}|.*{END}.*{END}).*{BEGIN}.*{END}.*", page, re.DOTALL):
+        raise UserError(f"{path} needs {BEGIN} and {END}, once each, between which results are written.")
+    return page.partition(BEGIN)[0], page.partition(END)[2]
 
 
 def write(path: epath.Path, text: str) -> None:
     """Puts the text between the marks in the page at `path`, or makes the page."""
     before, after = page_around(path)
     paths.write(path, f"{before}{BEGIN}\n{text}\n{END}{after}".encode())
+
+
+def write_results(rows: dict[Variant, list[Result]], out: epath.Path) -> None:
+    """Writes the table and, where there are results, the learning curves of each variant's first seed, into a page."""
+    text, drawn = table(rows), [found[0].curves(variant.name) for variant, found in rows.items() if found]
+    if drawn:
+        picture = out.with_suffix(".png")
+        drawing.save(curves.draw(drawn), picture)
+        text += f"\n\n![Learning curves]({picture.name})"
+    write(out, text)
 
 
 def variants_of(experiments: Iterable[str], scale: str, sweep: Sequence[str]) -> list[Variant]:
@@ -203,13 +148,21 @@ def variants_of(experiments: Iterable[str], scale: str, sweep: Sequence[str]) ->
     return [Variant(experiment, scale, chosen) for experiment in experiments for chosen in itertools.product(*fields)]
 
 
-def write_results(rows: dict[Variant, list[Result]], out: epath.Path) -> None:
-    """Writes the table and, where there are results, the learning curves of each variant's first seed, into a page."""
-    drawn = [results.curves_of(found[0], variant.name) for variant, found in rows.items() if found]
-    picture = out.with_suffix(".png")
-    if drawn:
-        drawing.save(curves.draw(drawn), picture)
-    write(out, "\n\n".join([table(rows), f"![Learning curves]({picture.name})"][: 1 + bool(drawn)]))
+def publish(asked: list[Run], folder: epath.Path, out: epath.Path | None) -> dict[Variant, list[Result]]:
+    """Returns the results, by variant and seed, of what is asked for and of what else the record has at that scale.
+
+    With a page, `out`, it writes page and record.
+    """
+    record = results.read_record(out.with_suffix(".json")) if out else {}
+    found = gather(asked, folder, record)
+    scales = {run.variant.scale for run in asked}
+    at_scale = dict.fromkeys(run.variant for run in [*asked, *sorted(found)] if run.variant.scale in scales)
+    variants = sorted(at_scale, key=lambda variant: EXPERIMENTS.index(variant.experiment))
+    rows = {variant: [found[run] for run in sorted(found) if run.variant == variant] for variant in variants}
+    if out:
+        results.write_record(out.with_suffix(".json"), record | {k: each for k, each in found.items() if each.finished})
+        write_results(rows, out)
+    return rows
 
 
 def check(given: flags.FlagValues) -> None:
@@ -223,6 +176,8 @@ def check(given: flags.FlagValues) -> None:
         raise UserError(f"--sweep names {max(swept, key=swept.count)} twice; give its values together.")
     if bad := [seed for seed in given.seeds or [""] if not seed.isdigit()]:
         raise UserError(f"--seeds names {bad[0]!r}; seeds are whole numbers, as in --seeds=0,1,2.")
+    if len({int(seed) for seed in given.seeds}) < len(given.seeds):
+        raise UserError(f"--seeds={','.join(given.seeds)} names a seed twice.")
     if given.out:
         page_around(paths.resolve(given.out, "--out"))
 
@@ -230,26 +185,26 @@ def check(given: flags.FlagValues) -> None:
 def main(_):
     given = flags.FLAGS
     check(given)
-    folder, seeds = paths.resolve(given.runs, "--runs"), [int(seed) for seed in given.seeds]
+    jax.config.update("jax_platforms", "cpu")  # the accelerators are for the runs
+    folder, out = paths.resolve(given.runs, "--runs"), paths.resolve(given.out, "--out") if given.out else None
     experiments = given.experiments
     if given.scale == "pyramid" and not flags.FLAGS["experiments"].present:
         experiments = [name for name in experiments if name != "resnet18"]  # its grid halves at every scale
     variants = variants_of(experiments, given.scale, given.sweep)
-    out = paths.resolve(given.out, "--out") if given.out else None
+    asked, failures = [Run(variant, int(seed)) for seed in given.seeds for variant in variants], []
     record = results.read_record(out.with_suffix(".json")) if out else {}
-    asked = [(variant, seed) for seed in seeds for variant in variants]
-    to_train = [(variant, seed) for variant, seed in asked if not is_recorded(variant, seed, record)]
-    failures = [failure for variant, seed in to_train if (failure := train(variant, folder, seed))]
-    trained, to_be_trained = results_of(to_train, folder), {variant.run_name(seed) for variant, seed in to_train}
-    shown = {name: found for name, found in record.items() if name not in to_be_trained} | trained
-    rows = {each: [shown[name] for seed in seeds if (name := each.run_name(seed)) in shown] for each in variants}
-    print(table(rows))
-    if out:
-        finished = {name: result for name, result in trained.items() if result.finished}
-        results.write_record(out.with_suffix(".json"), record | finished)
-        write_results(rows, out)
+    for run in asked:
+        changes = results.changes(run, record[run]) if run in record else []
+        if run in record and not changes:
+            continue
+        if changes:
+            print(f"{run.name} is recorded by another config, and trained again: {'; '.join(changes)}", flush=True)
+        failures += filter(None, [train(run, folder)])
+        if out:
+            publish(asked, folder, out)
+    print(table(publish(asked, folder, out)))
     if failures:
-        raise UserError("These runs failed, and go on with the same command: " + "; ".join(failures))
+        raise UserError("Not all is finished; the same command goes on. What failed: " + "; ".join(failures))
 
 
 if __name__ == "__main__":

@@ -3,18 +3,17 @@
 import json
 import shutil
 
-import numpy as np
 import pytest
 from etils import epath
 from program import run, run_module
 
 from attn_cnn.errors import UserError
 from benchmarks import results
-from benchmarks.reproduce import Variant, is_recorded, train, variants_of, write
+from benchmarks.experiments import Run, Variant
+from benchmarks.reproduce import gather, publish, train, variants_of, write
 from benchmarks.results import Result
-from configs import quadratic
+from configs import quadratic, quadratic_generalized, quadratic_pruned
 
-pytestmark = pytest.mark.slow
 TINY = ("--sweep=epochs=1", "--sweep=model.layers=1", "--sweep=model.hidden_size=16", "--sweep=model.mlp_size=16")
 
 
@@ -23,83 +22,124 @@ def reproduce(folder, *arguments):
     return run_module("benchmarks.reproduce", *given, timeout=300)
 
 
+@pytest.mark.slow
 def test_a_sweep_over_seeds_is_one_table_and_is_not_trained_twice(tmp_path):
-    page = tmp_path / "results.md"
+    page, record = tmp_path / "results.md", tmp_path / "results.json"
     page.write_text("Before.\n<!-- results -->\nold\n<!-- /results -->\nAfter.\n")
     command = ("--experiments=quadratic", "--seeds=0,1", *TINY, f"--out={page}")
 
     first = reproduce(tmp_path, *command)
     assert first.returncode == 0, first.stderr
     assert first.stdout.count("...") == 2  # one line as each begins
-    rows = [line for line in page.read_text().splitlines() if line.startswith("| quadratic ")]
+    written, table = page.read_text(), "".join(first.stdout.splitlines(keepends=True)[2:])
+    rows = [line for line in written.splitlines() if line.startswith("| quadratic ")]
     assert len(rows) == 1 and rows[0].count("±") == 1
-    assert page.read_text().startswith("Before.\n") and page.read_text().endswith("After.\n")
-    assert "old" not in page.read_text() and (tmp_path / "results.png").stat().st_size > 1000
+    assert written.startswith("Before.\n") and written.endswith("After.\n")
+    assert "old" not in written and (tmp_path / "results.png").stat().st_size > 1000
 
+    record.unlink()
     again = reproduce(tmp_path, *command)
-    assert again.returncode == 0 and "..." not in again.stdout
-    assert again.stdout == "".join(first.stdout.splitlines(keepends=True)[2:])
+    assert again.returncode == 0 and again.stdout == table and page.read_text() == written
 
     shutil.rmtree(tmp_path / "runs")
-    from_record = reproduce(tmp_path, *command)
-    assert from_record.returncode == 0 and from_record.stdout == again.stdout
+    page.write_text("<!-- results --><!-- /results -->")
+    from_record = reproduce(tmp_path, "--experiments=quadratic", "--seeds=1", *TINY, f"--out={page}")
+    assert from_record.returncode == 0 and from_record.stdout == table and table in page.read_text()
     assert not (tmp_path / "runs").exists()
 
 
-RECORDED = Result(
-    config=json.loads(quadratic.get_config("digits").to_json()) | {"seed": 3},
-    epochs=60,
-    accuracy=[[59.0, 60.0], [0.5, 0.75]],
-    loss=[[59.0, 60.0], [0.2, 0.1]],
-    split="test",
-    minutes=1.5,
-    parameters=123,
-    flops=456,
-)
+def recorded(experiment=quadratic, seed=3, **changes):
+    """A result of an experiment of the digits that was finished."""
+    fields = {
+        "config": json.loads(experiment.get_config("digits").to_json()) | {"seed": seed},
+        "start": None,
+        "epochs": 60,
+        "accuracy": [[59.0, 60.0], [0.5, 0.75]],
+        "loss": [[59.0, 60.0], [0.2, 0.1]],
+        "split": "test",
+        "device_minutes": 1.5,
+        "parameters": 123,
+        "flops": 456,
+    }
+    return Result(**(fields | changes))
+
+
+OF_DIGITS = Variant("quadratic", "digits")
 
 
 def test_a_record_is_read_as_it_was_written(tmp_path):
     path = epath.Path(tmp_path / "results.json")
     assert results.read_record(path) == {}
-    results.write_record(path, {"quadratic_digits_seed3": RECORDED})
-    assert results.read_record(path) == {"quadratic_digits_seed3": RECORDED}
+    swept = Variant("quadratic", "digits", (("epochs", "60"),))
+    written = {Run(OF_DIGITS, 3): recorded(), Run(swept, 3): recorded(start={"seed": 1})}
+    results.write_record(path, written)
+    assert results.read_record(path) == written
 
 
-def test_what_is_no_record_is_said(tmp_path):
+@pytest.mark.parametrize("text", ["[1]", '[{"run": 1}]', "{", '[{"config": {}}]'])
+def test_what_is_no_record_is_said(tmp_path, text):
     path = epath.Path(tmp_path / "results.json")
-    path.write_text("[1]")
+    path.write_text(text)
     with pytest.raises(UserError, match="is no record of results"):
         results.read_record(path)
 
 
-def test_a_recorded_run_counts_while_its_recipe_is_todays(capsys):
-    of_digits = Variant("quadratic", "digits")
-    assert is_recorded(of_digits, 3, {"quadratic_digits_seed3": RECORDED})
-    assert not is_recorded(of_digits, 2, {"quadratic_digits_seed3": RECORDED})
-    assert capsys.readouterr().out == ""
-
-    other = RECORDED._replace(config=RECORDED.config | {"label_smoothing": 0.25})
-    assert not is_recorded(of_digits, 3, {"quadratic_digits_seed3": other})
-    assert "label_smoothing: 0.25 then, 0.0 now" in capsys.readouterr().out
+def test_a_result_counts_while_its_recipe_is_todays():
+    assert results.changes(Run(OF_DIGITS, 3), recorded()) == []
+    other = recorded(config=recorded().config | {"label_smoothing": 0.25})
+    assert results.changes(Run(OF_DIGITS, 3), other) == ["label_smoothing: 0.25 then, 0.0 now"]
     swept = Variant("quadratic", "digits", (("label_smoothing", "0.25"),))
-    assert is_recorded(swept, 3, {swept.run_name(3): other})
+    assert results.changes(Run(swept, 3), other) == []
+    assert results.changes(Run(OF_DIGITS, 3), recorded(config=recorded().config | {"init_from": "another"}))
 
 
-def test_the_loss_of_an_epoch_is_the_mean_of_its_points():
-    loss = results.mean_of_epochs(np.array([[0.5, 1.0, 1.5, 2.0, 2.25], [4.0, 2.0, 1.0, 3.0, 5.0]]))
-    np.testing.assert_array_equal(loss, [[1, 2, 3], [3, 2, 5]])
+def test_a_field_that_came_later_has_had_its_default():
+    older = {name: value for name, value in recorded().config.items() if name != "condition_penalty"}
+    assert results.changes(Run(OF_DIGITS, 3), recorded(config=older)) == []
 
 
-def test_a_record_holds_no_folder_of_the_machine(tmp_path):
-    first, second = epath.Path(tmp_path / "first"), epath.Path(tmp_path / "second")
-    run("--config.epochs=1", f"--workdir={first}")
-    run("--config.epochs=1", f"--workdir={second}", f"--config.init_from={first}")
-    path = epath.Path(tmp_path / "results.json")
-    results.write_record(path, {"second": results.read(second)})
-    assert str(tmp_path) not in path.read_text()
-    assert json.loads(path.read_text())["second"]["config"]["init_from"] == "first"
+def test_a_pruned_result_counts_while_the_recipe_of_its_start_is_todays():
+    pruned = Run(Variant("quadratic_pruned", "digits"), 3)
+    start = recorded(quadratic_generalized).config
+    assert results.changes(pruned, recorded(quadratic_pruned, start=start)) == []
+    assert results.changes(pruned, recorded(quadratic_pruned, start=start | {"epochs": 7}))
+    assert results.changes(pruned, recorded(quadratic_pruned))
 
 
+def test_a_result_by_another_recipe_is_not_shown():
+    run_of, other = Run(OF_DIGITS, 3), recorded(config=recorded().config | {"label_smoothing": 0.25})
+    assert gather([], epath.Path("nowhere"), {run_of: recorded()}) == {run_of: recorded()}
+    assert gather([run_of], epath.Path("nowhere"), {run_of: other}) == {}
+
+
+def test_a_page_shows_all_of_its_record_in_the_order_of_the_experiments(tmp_path):
+    page = epath.Path(tmp_path / "results.md")
+    last = Run(Variant("quadratic_pruned", "digits"), 0)
+    entries = {Run(OF_DIGITS, 3): recorded(), Run(OF_DIGITS, 1): recorded(seed=1)}
+    results.write_record(page.with_suffix(".json"), entries)
+    rows = publish([last], epath.Path(tmp_path / "runs"), page)
+    assert list(rows) == [OF_DIGITS, last.variant]
+    assert [each.config["seed"] for each in rows[OF_DIGITS]] == [1, 3] and rows[last.variant] == []
+    assert results.read_record(page.with_suffix(".json")) == entries
+    assert "| 0.7500, 0.7500 |" in page.read_text() and "not run" in page.read_text()
+
+
+def test_a_record_has_no_folder_of_the_machine():
+    config = quadratic_pruned.get_config("digits")
+    config.init_from, config.data.dir = "/home/me/runs/start", "/home/me/data"
+    plain = results.without_folders(config)
+    assert "/home" not in json.dumps(plain) and plain["init_from"] == "start"
+
+
+def test_an_unfinished_run_is_shown_and_not_recorded(tmp_path, monkeypatch):
+    page = epath.Path(tmp_path / "results.md")
+    monkeypatch.setattr(results, "read", lambda workdir: recorded(epochs=59))
+    publish([Run(OF_DIGITS, 3)], epath.Path(tmp_path), page)
+    assert "0.7500 (epoch 59 of 60)" in page.read_text()
+    assert results.read_record(page.with_suffix(".json")) == {}
+
+
+@pytest.mark.slow
 def test_a_run_that_fails_is_named_and_the_others_are_finished(tmp_path):
     done = reproduce(tmp_path, "--experiments=quadratic", *TINY, "--sweep=optimizer.learning_rate=-1,0.003")
     assert done.returncode == 1
@@ -107,29 +147,32 @@ def test_a_run_that_fails_is_named_and_the_others_are_finished(tmp_path):
     assert "learning_rate=0.003 |" in done.stdout and "not run" in done.stdout
 
 
+@pytest.mark.slow
+def test_a_run_of_another_recipe_is_not_taken_for_todays(tmp_path):
+    run("--config.epochs=1", f"--workdir={tmp_path}/runs/quadratic_digits_seed0")
+    done = reproduce(tmp_path, "--experiments=quadratic", f"--out={tmp_path}/results.md")
+    assert done.returncode == 1 and "quadratic_digits_seed0, which has another config: move it away" in done.stderr
+    assert "model.layers: 1 then, 3 now" in done.stderr and "Warning" not in done.stderr
+    assert "not run" in done.stdout and json.loads((tmp_path / "results.json").read_text()) == []
+
+
 def test_a_pruned_run_starts_from_the_run_of_the_same_seed():
-    command = Variant("quadratic_pruned", "small").command(epath.Path("runs"), 2)
+    command = Run(Variant("quadratic_pruned", "small"), 2).command(epath.Path("runs"))
     assert "--config.init_from=runs/quadratic_generalized_small_seed2" in command
     assert "--config.seed=2" in command
 
 
-def test_no_run_starts_from_one_that_is_not_finished(tmp_path):
-    said = train(Variant("quadratic_pruned", "digits"), epath.Path(tmp_path), 0)
-    start = "quadratic_generalized_digits_seed0"
-    assert said == f"quadratic_pruned_digits_seed0: {start}, from which it starts, is not finished"
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_run_of_another_recipe_is_not_taken_for_todays(tmp_path):
-    run("--config.epochs=1", f"--workdir={tmp_path}/runs/quadratic_digits_seed0")
-    done = reproduce(tmp_path, "--experiments=quadratic", f"--out={tmp_path}/results.md")
-    assert done.returncode == 1 and "quadratic_digits_seed0: there is a run by another config" in done.stderr
-    assert "model.layers: 1 then, 3 now" in done.stderr and "Warning" not in done.stderr
-    assert "not run" in done.stdout and (tmp_path / "results.json").read_text().split() == ["{", "}"]
+@pytest.mark.slow
+def test_no_run_starts_from_one_that_cannot_be_finished(tmp_path):
+    run("--config.epochs=1", f"--workdir={tmp_path}/quadratic_generalized_digits_seed0")
+    said = train(Run(Variant("quadratic_pruned", "digits"), 0), epath.Path(tmp_path))
+    assert said.startswith("quadratic_pruned_digits_seed0 needs ") and "which has another config" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["quadratic_generalized_digits_seed0"]
 
 
 def test_the_papers_scale_is_the_config_as_it_is():
-    assert "--config=configs/learned.py" in Variant("learned", "paper").command(epath.Path("runs"), 0)
+    assert "--config=configs/learned.py" in Run(Variant("learned", "paper"), 0).command(epath.Path("runs"))
+    assert "--config=configs/learned.py:small" in Run(Variant("learned", "small"), 0).command(epath.Path("runs"))
 
 
 def test_a_sweep_tries_every_choice():
@@ -142,14 +185,16 @@ def test_what_has_not_begun_has_no_result(tmp_path):
     assert results.read(epath.Path(tmp_path)) is None
 
 
-def test_a_page_without_marks_is_left_alone(tmp_path):
+@pytest.mark.parametrize("text", ["mine", "<!-- /results --><!-- results -->", "<!-- results --><!-- /results -->" * 2])
+def test_a_page_without_marks_once_each_is_left_alone(tmp_path, text):
     page = epath.Path(tmp_path / "page.md")
-    page.write_text("mine")
-    with pytest.raises(Exception, match="between which"):
+    page.write_text(text)
+    with pytest.raises(UserError, match="between which"):
         write(page, "results")
-    assert page.read_text() == "mine"
+    assert page.read_text() == text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "argument, said",
     [
@@ -157,7 +202,8 @@ def test_a_page_without_marks_is_left_alone(tmp_path):
         ("--sweep=optimizer.momentum", "--sweep=optimizer.momentum is not understood"),
         ("--seeds=x", "--seeds names 'x'"),
         ("--seeds=", "--seeds names ''"),
-        ("--out=README.md", "between which results"),
+        ("--seeds=0,00", "names a seed twice"),
+        ("--out=page.json", "is no page of Markdown"),
     ],
 )
 def test_what_is_wrong_is_said(tmp_path, argument, said):

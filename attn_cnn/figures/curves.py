@@ -20,6 +20,10 @@ from attn_cnn.training.runs import load_config
 PAPER = {"quadratic": 0.938, "learned": 0.918, "learned_content": 0.871, "resnet18": 0.938}  # test accuracy, table 1
 
 
+class NothingYet(UserError):
+    """A run has finished no epoch."""
+
+
 class Curves(NamedTuple):
     """What a run wrote, by epochs.
 
@@ -42,7 +46,8 @@ def read(workdir: epath.Path, name: str) -> Curves:
     """Returns the curves of the run in `workdir`.
 
     Raises:
-      UserError: there is no run, or it has finished no epoch.
+      NothingYet: the run has finished no epoch.
+      UserError: there is no run.
     """
     config = load_config(workdir)
     experiment = create_experiment(config, workdir_lib.read_spec(workdir), workdir_lib.read_surgery(workdir))
@@ -54,7 +59,7 @@ def read(workdir: epath.Path, name: str) -> Curves:
 
     accuracy = curve(f"{experiment.evaluated_on}/accuracy")
     if not accuracy.size:
-        raise UserError(f"{workdir} has finished no epoch yet: there are no curves to draw.")
+        raise NothingYet(f"{workdir} has finished no epoch yet: there are no curves to draw.")
     return Curves(name, curve("train/loss"), accuracy, experiment.evaluated_on, paper_accuracy(config))
 
 

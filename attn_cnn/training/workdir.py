@@ -224,16 +224,21 @@ def read_config(path: epath.Path) -> ml_collections.ConfigDict:
     Raises:
       UserError: the file is no JSON, or holds no fields.
     """
+    try:
+        return config_of(json.loads(path.read_text()))
+    except paths.file_errors(RecursionError, AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is not a config: {first_line(error)}") from None
+
+
+def config_of(plain: dict[str, Any]) -> ml_collections.ConfigDict:
+    """Returns the config that JSON, which has lists in the place of tuples, holds as `plain`."""
 
     def tuples(value):
         if isinstance(value, dict):
             return {k: tuples(v) for k, v in value.items()}
         return tuple(map(tuples, value)) if isinstance(value, list) else value
 
-    try:
-        return ml_collections.ConfigDict(tuples(json.loads(path.read_text())))
-    except paths.file_errors(RecursionError, AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is not a config: {first_line(error)}") from None
+    return ml_collections.ConfigDict(tuples(plain))
 
 
 def read_surgery(workdir: epath.Path) -> Surgery | None:
