@@ -9,8 +9,8 @@ command goes on. Every seed is finished for all experiments before the next begi
 of the best by the test set.
 
 After each run the page is written, and beside it a record, as docs/results.json. A run that the record has by today's
-config is not trained again, and the page shows all of them: it can be finished on other days and machines, where the
-former runs are gone.
+config is not trained again, and the page shows all that the record has at its scale: it can be finished on other days
+and machines, where the former runs are gone. They all need the same copy of the data.
 """
 
 import itertools
@@ -43,13 +43,18 @@ def train(run: Run, folder: epath.Path) -> str:
     if run.start and (failure := train(run.start, folder)):
         return f"{run.name} needs {failure}"
     workdir = run.workdir(folder)
-    found = results.read(workdir)
+    try:
+        found = results.read(workdir)
+    except UserError as error:
+        return str(error)
     if found and (changes := results.changes(run, found)):
         return f"{workdir}, which has another config: move it away ({'; '.join(changes)})"
     if found and found.finished:
         return ""
     print(f"{run.name} ...", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
+    if run.start and not workdir.exists():
+        results.write_whole(results.start_file(workdir), (run.start.workdir(folder) / "config.json").read_bytes())
     log = workdir.with_name(f"{run.name}.log")
     with log.open("a") as output:
         failed = subprocess.run(run.command(folder), stdout=output, stderr=output).returncode
@@ -57,11 +62,25 @@ def train(run: Run, folder: epath.Path) -> str:
 
 
 def gather(asked: Iterable[Run], folder: epath.Path, record: dict[Run, Result]) -> dict[Run, Result]:
-    """Returns the results by today's configs: those in a record and, of the other runs asked for, those in `folder`."""
-    known = {run: found for run, found in record.items() if run.variant.experiment in EXPERIMENTS}
-    recorded = {run: found for run, found in known.items() if not results.changes(run, found)}
-    read = {run: results.read(run.workdir(folder)) for run in asked if run not in recorded}
-    return recorded | {run: found for run, found in read.items() if found and not results.changes(run, found)}
+    """Returns the results by today's configs: those in a record, and those in `folder` of the runs asked for."""
+    wanted = dict.fromkeys(each for run in asked for each in (run.start, run) if each)
+    recorded = {run: found for run, found in record.items() if not outdated(run, found)}
+    read = {run: _read_or_none(run.workdir(folder)) for run in wanted if run not in recorded}
+    return recorded | {run: found for run, found in read.items() if found and not outdated(run, found)}
+
+
+def outdated(run: Run, found: Result) -> list[str]:
+    """Returns why a result is not by today's config, as lines to read; none where it is."""
+    if run.variant.experiment not in EXPERIMENTS:
+        return [f"there is no experiment {run.variant.experiment} any more"]
+    return results.changes(run, found)
+
+
+def _read_or_none(workdir: epath.Path) -> Result | None:
+    try:
+        return results.read(workdir)
+    except UserError:  # which `train` has said
+        return None
 
 
 def table(rows: dict[Variant, list[Result]]) -> str:
@@ -125,7 +144,7 @@ def page_around(path: epath.Path) -> tuple[str, str]:
 def write(path: epath.Path, text: str) -> None:
     """Puts the text between the marks in the page at `path`, or makes the page."""
     before, after = page_around(path)
-    paths.write(path, f"{before}{BEGIN}\n{text}\n{END}{after}".encode())
+    results.write_whole(path, f"{before}{BEGIN}\n{text}\n{END}{after}".encode())
 
 
 def write_results(rows: dict[Variant, list[Result]], out: epath.Path) -> None:
@@ -160,9 +179,29 @@ def publish(asked: list[Run], folder: epath.Path, out: epath.Path | None) -> dic
     variants = sorted(at_scale, key=lambda variant: EXPERIMENTS.index(variant.experiment))
     rows = {variant: [found[run] for run in sorted(found) if run.variant == variant] for variant in variants}
     if out:
-        results.write_record(out.with_suffix(".json"), record | {k: each for k, each in found.items() if each.finished})
+        finished = {run: each for run, each in found.items() if each.finished}
+        latest = results.read_record(out.with_suffix(".json"))  # another command may have written meanwhile
+        results.write_record(out.with_suffix(".json"), latest | finished)
         write_results(rows, out)
     return rows
+
+
+def reproduce(asked: list[Run], folder: epath.Path, out: epath.Path | None) -> list[str]:
+    """Trains what is not recorded by today's config, writes page and record after each run, and returns what failed."""
+    record = results.read_record(out.with_suffix(".json")) if out else {}
+    for run, found in record.items():
+        if lines := outdated(run, found):
+            print(f"Recorded, but by another config, and left out: {run.name} ({'; '.join(lines)})", flush=True)
+    failures: list[str] = []
+    for run in asked:
+        if out:
+            record = results.read_record(out.with_suffix(".json"))  # another command may have written meanwhile
+        if run in record and not outdated(run, record[run]):
+            continue
+        failures += filter(None, [train(run, folder)])
+        if out:
+            publish(asked, folder, out)
+    return failures
 
 
 def check(given: flags.FlagValues) -> None:
@@ -191,17 +230,8 @@ def main(_):
     if given.scale == "pyramid" and not flags.FLAGS["experiments"].present:
         experiments = [name for name in experiments if name != "resnet18"]  # its grid halves at every scale
     variants = variants_of(experiments, given.scale, given.sweep)
-    asked, failures = [Run(variant, int(seed)) for seed in given.seeds for variant in variants], []
-    record = results.read_record(out.with_suffix(".json")) if out else {}
-    for run in asked:
-        changes = results.changes(run, record[run]) if run in record else []
-        if run in record and not changes:
-            continue
-        if changes:
-            print(f"{run.name} is recorded by another config, and trained again: {'; '.join(changes)}", flush=True)
-        failures += filter(None, [train(run, folder)])
-        if out:
-            publish(asked, folder, out)
+    asked = [Run(variant, int(seed)) for seed in given.seeds for variant in variants]
+    failures = reproduce(asked, folder, out)
     print(table(publish(asked, folder, out)))
     if failures:
         raise UserError("Not all is finished; the same command goes on. What failed: " + "; ".join(failures))

@@ -1,10 +1,11 @@
 """What runs have come to, read from their workdirs or from a record of them: a JSON file that outlives the runs.
 
 The record holds for each run the config as it was given and the numbers that a page of results needs, so that runs of
-several days and machines come into one page.
+several days and machines come into one page. That all of them had the same copy of the data is not checked.
 """
 
 import json
+import os
 from typing import Any, NamedTuple
 
 import ml_collections
@@ -64,6 +65,11 @@ class Result(NamedTuple):
         return curves.Curves(name, np.array(self.loss), np.array(self.accuracy), self.split, paper)
 
 
+def start_file(workdir: epath.Path) -> epath.Path:
+    """Returns where, beside a run's workdir, the config of the run stands that it started from."""
+    return workdir.with_name(f"{workdir.name}.start.json")
+
+
 def read(place: epath.Path) -> Result | None:
     """Returns what the run in a workdir has come to; None where there is none, or it has not finished an epoch.
 
@@ -78,10 +84,10 @@ def read(place: epath.Path) -> Result | None:
     except curves.NothingYet:
         return None
     model = runs.model_as_left(config, place)
-    start = epath.Path(config.init_from) if config.init_from else None
+    start = start_file(place)
     return Result(
         config=without_folders(config),
-        start=without_folders(runs.load_config(start)) if start and (start / workdir.CONFIG).exists() else None,
+        start=without_folders(workdir.read_config(start)) if start.exists() else None,
         epochs=round(drawn.accuracy[0, -1]),
         accuracy=drawn.accuracy.round(6).tolist(),
         loss=drawn.loss[:, evenly(drawn.loss.shape[1], POINTS)].round(4).tolist(),
@@ -146,7 +152,7 @@ def _run_of(entry: dict[str, Any]) -> Run:
 
 
 def write_record(path: epath.Path, results: dict[Run, Result]) -> None:
-    """Writes a record, a line for each run, whole or not at all.
+    """Writes a record, a line for each run.
 
     Raises:
       UserError: it cannot be written.
@@ -155,6 +161,20 @@ def write_record(path: epath.Path, results: dict[Run, Result]) -> None:
         {"run": run.variant._asdict() | {"seed": run.seed}} | found._asdict()
         for run, found in sorted(results.items(), key=lambda entry: entry[0].name)
     ]
-    temporary = path.with_name(f"{path.name}.new")
-    paths.write(temporary, ("[\n" + ",\n".join(map(json.dumps, entries)) + "\n]\n").encode())
-    temporary.replace(path)
+    write_whole(path, ("[\n" + ",\n".join(map(json.dumps, entries)) + "\n]\n").encode())
+
+
+def write_whole(path: epath.Path, content: bytes) -> None:
+    """Writes a file in the place of the one that is there, whole or not at all.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.new")
+    try:
+        paths.write(temporary, content)
+        temporary.replace(path)
+    except paths.file_errors() as error:
+        raise UserError(f"{path} cannot be written: {first_line(error)}") from None
+    finally:
+        temporary.unlink(missing_ok=True)

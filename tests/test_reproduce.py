@@ -7,7 +7,9 @@ import pytest
 from etils import epath
 from program import run, run_module
 
+from attn_cnn import paths
 from attn_cnn.errors import UserError
+from benchmarks import reproduce as reproducing
 from benchmarks import results
 from benchmarks.experiments import Run, Variant
 from benchmarks.reproduce import gather, publish, train, variants_of, write
@@ -112,16 +114,78 @@ def test_a_result_by_another_recipe_is_not_shown():
     assert gather([run_of], epath.Path("nowhere"), {run_of: other}) == {}
 
 
-def test_a_page_shows_all_of_its_record_in_the_order_of_the_experiments(tmp_path):
+def test_a_page_shows_all_that_its_record_has_at_its_scale_in_the_order_of_the_experiments(tmp_path):
     page = epath.Path(tmp_path / "results.md")
     last = Run(Variant("quadratic_pruned", "digits"), 0)
+    of_small = recorded(config=json.loads(quadratic.get_config("small").to_json()))
     entries = {Run(OF_DIGITS, 3): recorded(), Run(OF_DIGITS, 1): recorded(seed=1)}
+    entries[Run(Variant("quadratic", "small"), 0)] = of_small
     results.write_record(page.with_suffix(".json"), entries)
     rows = publish([last], epath.Path(tmp_path / "runs"), page)
     assert list(rows) == [OF_DIGITS, last.variant]
     assert [each.config["seed"] for each in rows[OF_DIGITS]] == [1, 3] and rows[last.variant] == []
     assert results.read_record(page.with_suffix(".json")) == entries
     assert "| 0.7500, 0.7500 |" in page.read_text() and "not run" in page.read_text()
+
+
+def test_page_and_record_are_written_after_each_run(tmp_path, monkeypatch):
+    page, finished, seen = epath.Path(tmp_path / "results.md"), {}, []
+
+    def trained(run, folder):
+        seen.append(list(results.read_record(page.with_suffix(".json"))))
+        finished[run.workdir(folder)] = recorded(seed=run.seed)
+        return ""
+
+    monkeypatch.setattr(reproducing, "train", trained)
+    monkeypatch.setattr(results, "read", finished.get)
+    first, second = Run(OF_DIGITS, 0), Run(OF_DIGITS, 1)
+    assert reproducing.reproduce([first, second], epath.Path(tmp_path), page) == []
+    assert seen == [[], [first]] and list(results.read_record(page.with_suffix(".json"))) == [first, second]
+    assert "| 0.7500, 0.7500 |" in page.read_text()
+
+
+def test_a_result_of_another_recipe_is_named_and_trained_again(tmp_path, monkeypatch, capsys):
+    page, run_of = epath.Path(tmp_path / "results.md"), Run(OF_DIGITS, 3)
+    older = recorded(config=recorded().config | {"label_smoothing": 0.25})
+    results.write_record(page.with_suffix(".json"), {run_of: older})
+    monkeypatch.setattr(reproducing, "train", lambda run, folder: f"{run.name} was begun")
+    assert reproducing.reproduce([run_of], epath.Path(tmp_path), page) == ["quadratic_digits_seed3 was begun"]
+    assert "another config, and left out: quadratic_digits_seed3 (label_smoothing: 0.25" in capsys.readouterr().out
+    assert "not run" in page.read_text()
+
+
+def test_a_record_that_cannot_be_written_stays_as_it_was(tmp_path, monkeypatch):
+    path = epath.Path(tmp_path / "results.json")
+    results.write_record(path, {Run(OF_DIGITS, 3): recorded()})
+
+    def full(path, content):
+        path.write_bytes(content[:10])
+        raise UserError("the disk is full")
+
+    monkeypatch.setattr(paths, "write", full)
+    with pytest.raises(UserError, match="full"):
+        results.write_record(path, {})
+    assert results.read_record(path) == {Run(OF_DIGITS, 3): recorded()}
+    assert [each.name for each in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_a_damaged_run_is_named_and_left_out(tmp_path):
+    run_of, folder = Run(OF_DIGITS, 0), epath.Path(tmp_path)
+    run_of.workdir(folder).mkdir()
+    (run_of.workdir(folder) / "config.json").write_text("{")
+    assert "quadratic_digits_seed0/config.json is not a config" in train(run_of, folder)
+    assert gather([run_of], folder, {}) == {}
+
+
+@pytest.mark.slow
+def test_a_pruned_result_keeps_the_config_of_its_start(tmp_path):
+    start, pruned = epath.Path(tmp_path / "start"), epath.Path(tmp_path / "pruned")
+    run("--config.epochs=1", f"--workdir={start}")
+    run("--config.epochs=1", f"--workdir={pruned}", f"--config.init_from={start}")
+    assert results.read(pruned).start is None
+    results.start_file(pruned).write_text((start / "config.json").read_text())
+    assert results.read(pruned).start == results.read(start).config
+    assert results.read(pruned).config["init_from"] == "start"
 
 
 def test_a_record_has_no_folder_of_the_machine():
