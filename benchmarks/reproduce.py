@@ -85,9 +85,10 @@ def _read_or_none(workdir: epath.Path) -> Result | None:
 
 def table(rows: dict[Variant, list[Result]]) -> str:
     """Returns the results of each variant, one for each seed that was begun, as a row of a table in Markdown."""
+    splits = sorted({each.split for found in rows.values() for each in found})
     headers = [
         "experiment",
-        "accuracy",
+        " ".join([*splits, "accuracy"]),
         "mean",
         "parameters",
         "MFLOPs an image",

@@ -125,7 +125,8 @@ def test_a_page_shows_all_that_its_record_has_at_its_scale_in_the_order_of_the_e
     assert list(rows) == [OF_DIGITS, last.variant]
     assert [each.config["seed"] for each in rows[OF_DIGITS]] == [1, 3] and rows[last.variant] == []
     assert results.read_record(page.with_suffix(".json")) == entries
-    assert "| 0.7500, 0.7500 |" in page.read_text() and "not run" in page.read_text()
+    assert " 0.7500, 0.7500 |" in page.read_text() and "not run" in page.read_text()
+    assert " test accuracy |" in page.read_text()
 
 
 def test_page_and_record_are_written_after_each_run(tmp_path, monkeypatch):
@@ -141,7 +142,7 @@ def test_page_and_record_are_written_after_each_run(tmp_path, monkeypatch):
     first, second = Run(OF_DIGITS, 0), Run(OF_DIGITS, 1)
     assert reproducing.reproduce([first, second], epath.Path(tmp_path), page) == []
     assert seen == [[], [first]] and list(results.read_record(page.with_suffix(".json"))) == [first, second]
-    assert "| 0.7500, 0.7500 |" in page.read_text()
+    assert " 0.7500, 0.7500 |" in page.read_text()
 
 
 def test_a_result_of_another_recipe_is_named_and_trained_again(tmp_path, monkeypatch, capsys):
