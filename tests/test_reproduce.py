@@ -1,7 +1,9 @@
 """One command trains every experiment and every seed, goes on where it was stopped, and writes what came out."""
 
 import json
+import re
 import shutil
+import types
 
 import pytest
 from etils import epath
@@ -259,18 +261,26 @@ def test_a_page_without_marks_once_each_is_left_alone(tmp_path, text):
     assert page.read_text() == text
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    "argument, said",
+    "flag, value, said",
     [
-        ("--experiments=quadratc", "--experiments names quadratc"),
-        ("--sweep=optimizer.momentum", "--sweep=optimizer.momentum is not understood"),
-        ("--seeds=x", "--seeds names 'x'"),
-        ("--seeds=", "--seeds names ''"),
-        ("--seeds=0,00", "names a seed twice"),
-        ("--out=page.json", "is no page of Markdown"),
+        ("experiments", ["quadratc"], "--experiments names quadratc"),
+        ("sweep", ["optimizer.momentum"], "--sweep=optimizer.momentum is not understood"),
+        ("sweep", ["seed=0", "seed=1"], "--sweep names seed twice"),
+        ("seeds", ["x"], "--seeds names 'x'"),
+        ("seeds", [], "--seeds names ''"),
+        ("seeds", ["0", "00"], "--seeds=0,00 names a seed twice"),
+        ("out", "page.json", "is no page of Markdown"),
     ],
 )
-def test_what_is_wrong_is_said(tmp_path, argument, said):
-    done = reproduce(tmp_path, argument)
-    assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr
+def test_what_is_wrong_is_said(flag, value, said):
+    given = {"experiments": ["quadratic"], "sweep": [], "seeds": ["0"], "out": None}
+    reproducing.check(types.SimpleNamespace(**given))
+    with pytest.raises(UserError, match=re.escape(said)):
+        reproducing.check(types.SimpleNamespace(**given | {flag: value}))
+
+
+@pytest.mark.slow
+def test_what_is_wrong_is_said_in_a_terminal(tmp_path):
+    done = reproduce(tmp_path, "--experiments=quadratc")
+    assert done.returncode == 1 and "--experiments names quadratc" in done.stderr and "Traceback" not in done.stderr
