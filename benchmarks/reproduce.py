@@ -27,6 +27,7 @@ from etils import epath
 from attn_cnn import cli, drawing, paths
 from attn_cnn.errors import UserError, first_line
 from attn_cnn.figures import curves
+from attn_cnn.training.workdir import CONFIG
 from benchmarks import results
 from benchmarks.experiments import EXPERIMENTS, Run, Variant
 from benchmarks.results import Result
@@ -54,7 +55,7 @@ def train(run: Run, folder: epath.Path) -> str:
     print(f"{run.name} ...", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     if run.start and not workdir.exists():
-        results.write_whole(results.start_file(workdir), (run.start.workdir(folder) / "config.json").read_bytes())
+        results.write_whole(results.start_file(workdir), (run.start.workdir(folder) / CONFIG).read_bytes())
     log = workdir.with_name(f"{run.name}.log")
     with log.open("a") as output:
         failed = subprocess.run(run.command(folder), stdout=output, stderr=output).returncode
@@ -137,7 +138,7 @@ def page_around(path: epath.Path) -> tuple[str, str]:
         page = path.read_text() if path.exists() else f"{BEGIN}{END}\n"
     except paths.file_errors(ValueError) as error:
         raise UserError(f"{path} cannot be read: {first_line(error)}") from None
-    if not re.fullmatch(f"(?!.*{BEGIN}.*{BEGIN}|.*{END}.*{END}).*{BEGIN}.*{END}.*", page, re.DOTALL):
+    if not (page.count(BEGIN) == page.count(END) == 1 and page.index(BEGIN) < page.index(END)):
         raise UserError(f"{path} needs {BEGIN} and {END}, once each, between which results are written.")
     return page.partition(BEGIN)[0], page.partition(END)[2]
 

@@ -29,7 +29,7 @@ class Result(NamedTuple):
 
     Attributes:
       config: the run's config as it was given, without the machine's folders.
-      start: that of the run it started from; None: there was none.
+      start: that of the run it started from; None: there was none, or it is not known.
       epochs: epochs done, of those in `config`.
       accuracy: epochs, and the accuracy after each on what the run is evaluated on.
       loss: epochs, and the training loss there.

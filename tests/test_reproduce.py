@@ -180,6 +180,17 @@ def test_a_damaged_run_is_named_and_left_out(tmp_path):
     assert gather([run_of], folder, {}) == {}
 
 
+def test_a_pruned_run_begins_with_the_config_of_its_start_beside_it(tmp_path, monkeypatch):
+    folder, pruned = epath.Path(tmp_path), Run(Variant("quadratic_pruned", "digits"), 0)
+    start = pruned.start.workdir(folder)
+    start.mkdir()
+    (start / "config.json").write_text("the start's")
+    monkeypatch.setattr(results, "read", {start: recorded(quadratic_generalized, seed=0)}.get)
+    monkeypatch.setattr(reproducing.subprocess, "run", lambda *_, **__: types.SimpleNamespace(returncode=0))
+    assert train(pruned, folder) == ""
+    assert results.start_file(pruned.workdir(folder)).read_text() == "the start's"
+
+
 @pytest.mark.slow
 def test_a_pruned_result_keeps_the_config_of_its_start(tmp_path):
     start, pruned = epath.Path(tmp_path / "start"), epath.Path(tmp_path / "pruned")
