@@ -7,7 +7,7 @@ from test_config import EXPERIMENTS
 
 from attn_cnn import report
 from attn_cnn.model import abstract_variables
-from configs import quadratic, resnet18
+from configs import convolution, quadratic, resnet18
 
 TABLE = {  # parameters, and the paper's FLOPs where it gives them
     "quadratic": (12_086_844, "6.2B"),
@@ -32,6 +32,12 @@ def test_every_config_has_the_parameters_and_flops_of_the_table_and_of_its_docst
     assert report.count_parameters(abstract_variables(model)["params"]) == parameters
     assert flops in (None, report.si(counted))
     assert f"{parameters / 1e6:.1f}M parameters, {counted / 1e9:.2g} GFLOPs an image" in module.__doc__
+
+
+def test_networks_compared_at_laptop_scale_have_about_as_many_parameters():
+    models = [module.get_config("small").model for module in (quadratic, convolution, resnet18)]
+    numbers = [report.count_parameters(abstract_variables(model)["params"]) for model in models]
+    assert max(numbers) < 1.03 * min(numbers)
 
 
 def test_flops_count_the_pixels_of_each_layers_own_grid():
