@@ -209,11 +209,6 @@ def loops(hlo: str) -> int:
     return len(re.findall(r" while\(", hlo))
 
 
-def transfers(hlo: str) -> int:
-    """Returns how many operations there are in a compiled program that wait for the host."""
-    return len(re.findall(r" (?:infeed|outfeed|send|recv)(?:-start)?\(", hlo))
-
-
 def _bytes(shapes: str) -> int:
     found = re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shapes)
     return sum(

@@ -183,6 +183,14 @@ def test_the_papers_accuracy_stands_beside_runs_at_its_scale_alone():
     assert curves.paper_accuracy(config) is None
 
 
+def test_a_dozen_runs_have_curves_that_are_told_apart():
+    runs = [curves.Curves(f"run {n}", np.ones((2, 3)), np.ones((2, 3)), "test", 0.9) for n in range(12)]
+    loss, accuracy = curves.draw(runs).axes
+    styles = {(line.get_color(), line.get_linestyle()) for line in loss.lines}
+    assert len(styles) == 12 and "--" not in {line for _, line in styles}  # dashes are the paper's
+    assert {(line.get_color(), line.get_linestyle()) for line in accuracy.lines} >= styles
+
+
 # --- Drawing ----------------------------------------------------------------------------------------------------------
 
 

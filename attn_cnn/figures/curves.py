@@ -18,6 +18,7 @@ from attn_cnn.training.experiment import create_experiment
 from attn_cnn.training.runs import load_config
 
 PAPER = {"quadratic": 0.938, "learned": 0.918, "learned_content": 0.871, "resnet18": 0.938}  # test accuracy, table 1
+LINES = ("-", ":", "-.")  # the next where colours begin again; dashes are the paper's
 
 
 class NothingYet(UserError):
@@ -79,7 +80,9 @@ def draw(runs: Sequence[Curves]) -> Figure:
     """Draws training loss and accuracy over epochs; the paper's accuracies are dashed."""
     figure, ((left, right),) = drawing.panels(1, 2, 4.0, 3.0)
     for number, run in enumerate(runs):
-        style = {"color": drawing.COLOURS[number % len(drawing.COLOURS)], "marker": "", "linewidth": 1.5}
+        turn, colour = divmod(number, len(drawing.COLOURS))
+        line = LINES[turn % len(LINES)]
+        style = {"color": drawing.COLOURS[colour], "marker": "", "linewidth": 1.5, "linestyle": line}
         left.plot(*run.loss, **style)
         right.plot(*run.accuracy, label=run.name, **style)
         if run.paper is not None:
