@@ -295,7 +295,7 @@ def check_window(kernel_size: tuple[int, int], stride: int, dilation: int, paddi
         if value < 1:
             raise UserError(f"{name} is {value}; it must be 1 or more.")
     named = padding in ("SAME", "VALID")
-    if not named and (isinstance(padding, str) or min(map(min, padding)) < 0):
+    if not named and (np.shape(padding) != (2, 2) or np.min(padding) < 0):  # type: ignore[arg-type]
         raise UserError(f"padding is {padding!r}; it must be SAME, VALID, or zeros as ((top, bottom), (left, right)).")
 
 

@@ -1,12 +1,13 @@
 """Trains the experiments at a scale, or sweeps a field of one, and writes the results as a table.
 
     python -m benchmarks.reproduce --scale=small --out=docs/results.md        # on a laptop
-    python -m benchmarks.reproduce --scale=paper --out=docs/results_paper.md  # the paper's Table 1, on a GPU or TPU
+    python -m benchmarks.reproduce --scale=paper --experiments=quadratic,learned,learned_content,resnet18 \
+      --out=docs/results_paper.md                                             # the paper's Table 1, on a GPU or TPU
     python -m benchmarks.reproduce --scale=digits --experiments=quadratic --seeds=0,1 --sweep=optimizer.momentum=0.8,0.9
 
-Each run is one of main.py, in a folder of its own below --runs, with its output beside it. Stopped anywhere, the same
-command goes on. Every seed is finished for all experiments before the next begins. Accuracy is of the last epoch, never
-of the best by the test set.
+Each run is one of main.py, in a folder of its own below --runs, with its output beside it. Stopped anywhere, which
+stops that run as well, the same command goes on. Every seed is finished for all experiments before the next begins.
+Accuracy is of the last epoch, never of the best by the test set.
 
 After each run the page is written, and beside it a record, as docs/results.json. A run that the record has by today's
 config is not trained again, and the page shows all that the record has at its scale: it can be finished on other days
@@ -15,6 +16,7 @@ and machines, where the former runs are gone. They all need the same copy of the
 
 import itertools
 import re
+import signal
 import subprocess
 from collections.abc import Iterable, Sequence
 
@@ -25,8 +27,9 @@ from absl import flags
 from etils import epath
 
 from attn_cnn import cli, drawing, paths
-from attn_cnn.errors import UserError, first_line
+from attn_cnn.errors import Stopped, UserError, first_line
 from attn_cnn.figures import curves
+from attn_cnn.training.stopping import SIGNALS
 from attn_cnn.training.workdir import CONFIG
 from benchmarks import results
 from benchmarks.experiments import EXPERIMENTS, Run, Variant
@@ -57,9 +60,34 @@ def train(run: Run, folder: epath.Path) -> str:
     if run.start and not workdir.exists():
         results.write_whole(results.start_file(workdir), (run.start.workdir(folder) / CONFIG).read_bytes())
     log = workdir.with_name(f"{run.name}.log")
-    with log.open("a") as output:
-        failed = subprocess.run(run.command(folder), stdout=output, stderr=output).returncode
+    failed = run_to_its_end(run.command(folder), log)
     return f"{run.name}: {(log.read_text().splitlines() or ['no output'])[-1]}" if failed else ""
+
+
+def run_to_its_end(command: list[str], log: epath.Path) -> int:
+    """Runs a command with its output at the end of a log, and returns its exit status.
+
+    Raises:
+      Stopped: a signal came; it was passed on, and the command has saved what it does and ended.
+    """
+    came = []
+
+    def pass_on(number, _):
+        came.append(number)
+        child.send_signal(number)
+
+    with log.open("a") as output:  # in a session of its own no signal of the terminal reaches the command twice
+        child = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+    heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    former = {number: signal.signal(number, pass_on) for number in heard}
+    try:
+        status = child.wait()
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+    if came:
+        raise Stopped("stopped; the same command goes on.", came[0])
+    return status
 
 
 def gather(asked: Iterable[Run], folder: epath.Path, record: dict[Run, Result]) -> dict[Run, Result]:

@@ -15,12 +15,9 @@ from attn_cnn.training import experiment as experiment_lib
 from attn_cnn.training import workdir as workdir_lib
 from attn_cnn.training.experiment import checked
 from attn_cnn.training.runs import load_config
+from benchmarks.experiments import EXPERIMENTS
 from configs import common, convolution, quadratic, resnet18
 
-EXPERIMENTS = (
-    "quadratic", "quadratic_generalized", "many_heads", "learned", "learned_query", "learned_content",
-    "learned_content_position", "gated", "quadratic_pruned", "convolution", "resnet18",
-)  # fmt: skip
 SCALES = [(experiment, scale) for experiment in EXPERIMENTS for scale in common.SCALES]
 SCALES.remove(("resnet18", "pyramid"))  # its grid halves at every scale
 

@@ -25,7 +25,7 @@ from attn_cnn.predict import logits
 from attn_cnn.training.data import SPECS, load_with_test_set
 from attn_cnn.training.experiment import create_experiment, random_state
 from attn_cnn.training.runs import Run, load_run
-from configs import learned, learned_content, quadratic
+from configs import gated, learned, learned_content, quadratic, quadratic_generalized
 
 WORKDIRS = Path(__file__).parent / "workdirs"
 
@@ -67,13 +67,16 @@ def test_its_3x3_window_explains_it_where_all_is_inside(convolutional):
     ideal[np.arange(9), np.repeat([2, 3, 4], 3), np.tile([2, 3, 4], 3)] = 1
     params = jax.tree.map(np.asarray, run.params)
     layer = recover_lib.Layer(ideal, params["layer_0"]["attention"]["value"]["kernel"])
-    windows = recover_lib.windows_of(layer)
-    assert [share for _, share in windows] == pytest.approx([1 / 9, 1, 1, 1], abs=0.03)
-    cuts = {0: [cut for cut, _ in windows]}
-    errors = recover_lib.replace.layer_errors(run, cuts, load_with_test_set(run.config.data).test_images[:50])[0]
+    cuts, shares = recover_lib.windows_of(layer)
+    assert shares == pytest.approx([1 / 9, 1, 1, 1], abs=0.03)
+    images = load_with_test_set(run.config.data).test_images[:50]
+    errors = recover_lib.replace.layer_errors(run, {0: cuts}, images)[0]
     assert [e.queries for e in errors[1:]] == [4, 0, 0]
     assert errors[1].inside < 1e-5 and errors[2].inside is None
     assert errors[1].everywhere > 0.1  # the border, where attention renormalises
+    scaled = [cuts[1]._replace(kernel=share * cuts[1].kernel) for share in (0.0, 0.75)]
+    nothing, most = recover_lib.replace.layer_errors(run, {0: scaled}, images)[0]
+    assert (nothing.inside, nothing.everywhere) == pytest.approx((1, 1)) and most.inside == pytest.approx(0.25)
 
 
 @pytest.mark.slow
@@ -95,10 +98,10 @@ def test_a_network_that_has_no_heads_left_is_trained_without_drawing_them():
     assert not has_heads(create_experiment(replaced_config(run.config, {0, 1}), run.spec).model_config)
 
 
-def test_windows_anywhere_are_convolved_with(seed=0):
-    x = jax.random.normal(jax.random.key(seed), (1, 4, 5, 1))
+def test_windows_anywhere_are_convolved_with():
+    x = jax.random.normal(jax.random.key(0), (1, 4, 5, 1))
     for window in (Window(-1, -1, 3), Window(2, -4, 2), Window(-3, 1, 1)):
-        kernel = np.random.default_rng(seed).normal(size=(window.side, window.side, 1, 1)).astype(np.float32)
+        kernel = np.random.default_rng(0).normal(size=(window.side, window.side, 1, 1)).astype(np.float32)
         y = recover_lib.replace.convolve(x, Cut(window, kernel))
         padded = np.pad(np.asarray(x)[0, :, :, 0], 8)
         for i in range(4):
@@ -132,6 +135,21 @@ def test_content_is_told_from_position(three_alone):
 
 
 @pytest.mark.slow
+def test_centers_spreads_and_gates_are_those_of_the_parameters(three_alone):
+    run = untrained(gated, **{"model.init": "grid", "model.init_spread": 2.0})
+    for layer in recover(run, 10)["layers"]:
+        assert [tuple(head["center"]) for head in layer["heads"]] == [(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)]
+        assert [head["spread"] for head in layer["heads"]] == pytest.approx([2] * 9)
+        assert [head["gate"] for head in layer["heads"]] == pytest.approx([1 / (1 + np.exp(-1))] * 9)
+        assert all("outside" not in head for head in layer["heads"])
+    run = untrained(quadratic_generalized)
+    layer = run.params["layer_0"]["attention"]
+    layer["spreads"] = np.broadcast_to(np.diag([2.0, 8.0]).astype(np.float32), layer["spreads"].shape)
+    first, _ = recover(run, 10)["layers"]
+    assert [head["spread"] for head in first["heads"]] == pytest.approx([4] * 9)  # the geometric mean
+
+
+@pytest.mark.slow
 def test_tables_that_layers_share_are_each_layers(three_alone):
     found = recover(untrained(learned, **{"model.share_tables": True}), 10)
     outside = [head["outside"] for layer in found["layers"] for head in layer["heads"]]
@@ -150,6 +168,9 @@ def test_a_network_with_layers_replaced_trains_on_and_goes_on_where_it_stopped(t
     shutil.rmtree(tmp_path / "tuned" / "metrics")
     again = tuned_run(run, {0: cut}, epath.Path(tmp_path))
     np.testing.assert_array_equal(again.params["layer_0"]["convolution"]["convolution"]["kernel"], kernel)
+    other = cut._replace(kernel=cut.kernel + 0.01)
+    with pytest.raises(UserError, match=r"start is of another network; move .* away, or name another --out"):
+        tuned_run(run, {0: other}, epath.Path(tmp_path))
 
 
 @pytest.mark.slow
@@ -171,6 +192,15 @@ def maps_report():
 def test_the_text_names_layers_heads_and_shares():
     text = report_lib.describe(maps_report())
     assert text.count("4x5 grid, maps of 3 images") == 2 and "99% in" in text and "test accuracy" not in text
+
+
+def test_the_text_names_heads_that_share_a_target_or_mirror_each_other_and_windows_that_fit_nowhere():
+    report = maps_report()
+    window = {"side": 5, "top": -2, "left": -2, "energy": 1.0, "queries": 0, "inside": None, "everywhere": 0.5}
+    report["layers"][1] |= {"sharing": [(0, 3)], "mirrored": [(0, 4)], "windows": [window]}
+    text = report_lib.describe(report)
+    assert "\nheads 0, 3 share a target\nheads 0 and 4 mirror each other\n" in text
+    assert text.splitlines()[-1].split() == ["5x5", "-2,", "-2", "100.0%", "none", "0", "0.500"]
 
 
 def test_json_holds_what_the_text_says_without_arrays():
@@ -203,9 +233,38 @@ def test_accuracy_after_an_epoch_of_training_stands_beside_that_before(three_alo
     accuracy = recover(run, 10, tune=epath.Path(tmp_path))["accuracy"]
     threes = np.mean(load_with_test_set(run.config.data).test_labels == 3)
     alone = dict.fromkeys(accuracy["replaced"][0]["alone"], threes)
-    assert accuracy["tuned"] == {"side": 3, "alone": alone, "all": threes} and accuracy["as_trained"] != threes
+    around = accuracy["around_query"]
+    assert around["after"] == {"alone": alone, "all": threes} and accuracy["as_trained"] != threes
     assert asked == [*({layer} for layer in map(int, alone)), set(map(int, alone))]
-    assert "an epoch later" in report_lib.describe({"layers": [], "accuracy": accuracy})
+    assert around["before"].keys() == around["after"].keys() and around["before"]["all"] != threes
+    text = report_lib.describe({"layers": [], "accuracy": accuracy})
+    assert [line.count("around the query") for line in text.splitlines()[-2:]] == [1, 1]
+    assert text.splitlines()[-1].split()[:7] == ["3x3", "around", "the", "query,", "an", "epoch", "later"]
+
+
+def test_layers_are_replaced_one_alone_and_then_all_by_windows_of_each_side(monkeypatch):
+    monkeypatch.setattr(recover_lib.replace, "replacing", lambda cuts: cuts)
+    monkeypatch.setattr(recover_lib, "logits", lambda run, images, cuts: cuts)
+    seen = []
+    monkeypatch.setattr(recover_lib, "accuracy", lambda cuts, labels: seen.append(cuts) or float(len(seen)))
+    cuts = {
+        number: [Cut(Window(0, 0, side), np.zeros((side, side, 1, 1))) for side in sides]
+        for number, sides in {0: (1, 3), 2: (1, 3, 5)}.items()  # the grid of layer 0 has no room for more
+    }
+    run = untrained()
+    found = recover_lib.accuracies(run, load_with_test_set(run.config.data), cuts)
+    sides = [{number: cut.window.side for number, cut in replaced.items()} for replaced in seen]
+    assert sides == [{}, {0: 1}, {2: 1}, {0: 1, 2: 1}, {0: 3}, {2: 3}, {0: 3, 2: 3}, {2: 5}]
+    assert found == {
+        "as_trained": 1.0,
+        "replaced": [
+            {"side": 1, "alone": {"0": 2.0, "2": 3.0}, "all": 4.0},
+            {"side": 3, "alone": {"0": 5.0, "2": 6.0}, "all": 7.0},
+            {"side": 5, "alone": {"2": 8.0}, "all": None},
+        ],
+    }
+    text = report_lib.describe({"layers": [], "accuracy": found})
+    assert text.splitlines()[-1].split() == ["5x5", "none", "8.0000", "none"]
 
 
 @pytest.mark.slow
@@ -229,4 +288,5 @@ def test_the_command_reports_anyones_maps(tmp_path):
     write(epath.Path(tmp_path) / "vit.npz", Maps([maps]))
     done = command(f"--maps={tmp_path / 'vit.npz'}")
     assert done.returncode == 0, done.stderr
-    assert "0, 1" in done.stdout and "1x1" in done.stdout
+    (head,) = [line.split() for line in done.stdout.splitlines() if line.split()[:1] == ["0"]]
+    assert head[:6] == ["0", "0,", "1", "1.000", "0.00,", "0.80"]  # a quarter of the queries look at themselves

@@ -1,19 +1,24 @@
 """One command trains every experiment and every seed, goes on where it was stopped, and writes what came out."""
 
+import importlib
 import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 import types
 
 import pytest
 from etils import epath
-from program import run, run_module
+from program import ROOT, environment, newest_checkpoint, run, run_module
 
 from attn_cnn import paths
 from attn_cnn.errors import UserError
 from benchmarks import reproduce as reproducing
 from benchmarks import results
-from benchmarks.experiments import Run, Variant
+from benchmarks.experiments import EXPERIMENTS, Run, Variant
 from benchmarks.reproduce import gather, publish, train, variants_of, write
 from benchmarks.results import Result
 from configs import quadratic, quadratic_generalized, quadratic_pruned
@@ -58,7 +63,7 @@ def recorded(experiment=quadratic, seed=3, **changes):
         "config": json.loads(experiment.get_config("digits").to_json()) | {"seed": seed},
         "start": None,
         "epochs": 60,
-        "accuracy": [[59.0, 60.0], [0.5, 0.75]],
+        "accuracy": [[59.0, 60.0], [0.8, 0.75]],  # the last is not the best
         "loss": [[59.0, 60.0], [0.2, 0.1]],
         "split": "test",
         "device_minutes": 1.5,
@@ -186,7 +191,7 @@ def test_a_pruned_run_begins_with_the_config_of_its_start_beside_it(tmp_path, mo
     start.mkdir()
     (start / "config.json").write_text("the start's")
     monkeypatch.setattr(results, "read", {start: recorded(quadratic_generalized, seed=0)}.get)
-    monkeypatch.setattr(reproducing.subprocess, "run", lambda *_, **__: types.SimpleNamespace(returncode=0))
+    monkeypatch.setattr(reproducing, "run_to_its_end", lambda command, log: 0)
     assert train(pruned, folder) == ""
     assert results.start_file(pruned.workdir(folder)).read_text() == "the start's"
 
@@ -209,6 +214,24 @@ def test_a_record_has_no_folder_of_the_machine():
     assert "/home" not in json.dumps(plain) and plain["init_from"] == "start"
 
 
+def test_the_committed_page_is_what_its_record_says_by_todays_configs(tmp_path):
+    page = epath.Path(shutil.copy(ROOT / "docs" / "results.md", tmp_path))
+    record = results.read_record(epath.Path(shutil.copy(ROOT / "docs" / "results.json", tmp_path)))
+    assert {run.name: lines for run, found in record.items() if (lines := reproducing.outdated(run, found))} == {}
+    publish([Run(Variant(name, "small"), 0) for name in EXPERIMENTS], epath.Path(tmp_path / "runs"), page)
+    assert page.read_text() == (ROOT / "docs" / "results.md").read_text()
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_readme_and_config_say_what_the_record_has(name):
+    recorded = results.read_record(epath.Path(ROOT / "docs" / "results.json")).get(Run(Variant(name, "small"), 0))
+    ours = f"{recorded.last_accuracy:.3f}" if recorded else ""
+    (row,) = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(f"| `{name}.py` |")]
+    assert row.split("|")[-2].strip() == ours
+    docstring = importlib.import_module(f"configs.{name}").__doc__
+    assert re.findall(r":small .*: (0\.\d+)$", docstring, re.M) == ([ours] if ours else [])
+
+
 def test_an_unfinished_run_is_shown_and_not_recorded(tmp_path, monkeypatch):
     page = epath.Path(tmp_path / "results.md")
     monkeypatch.setattr(results, "read", lambda workdir: recorded(epochs=59))
@@ -223,6 +246,29 @@ def test_a_run_that_fails_is_named_and_the_others_are_finished(tmp_path):
     assert done.returncode == 1
     assert "learning_rate=-1_seed0: " in done.stderr and "config.optimizer.learning_rate" in done.stderr
     assert "learning_rate=0.003 |" in done.stdout and "not run" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_anywhere_the_same_command_goes_on(tmp_path, number):
+    sweep = ["epochs=30", *(each.removeprefix("--sweep=") for each in TINY[1:])]
+    (variant,) = variants_of(["quadratic"], "digits", sweep)
+    workdir = Run(variant, 0).workdir(epath.Path(tmp_path))
+    arguments = ("--scale=digits", "--experiments=quadratic", f"--runs={tmp_path}", *(f"--sweep={e}" for e in sweep))
+    command = [sys.executable, "-m", "benchmarks.reproduce", *arguments]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
+    while not newest_checkpoint(workdir):
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(number)
+    assert "stopped; the same command goes on" in process.stderr.read() and process.wait() == 128 + number
+    stopped_at, log = newest_checkpoint(workdir), workdir.with_name(f"{workdir.name}.log")
+    assert (
+        log.read_text().splitlines()[-1].endswith(f"stopped at step {stopped_at}; the same command goes on from there.")
+    )
+    assert not results.read(workdir).finished
+    again = run_module("benchmarks.reproduce", *arguments)
+    assert again.returncode == 0 and results.read(workdir).finished
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """The theorem both ways: a convolution is an attention layer, and a position-only layer a convolution."""
 
 import functools
+import inspect
 import re
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attn_cnn.attention import ConvolutionalAttention, SelfAttention
+from attn_cnn.attention import ConvolutionalAttention, SelfAttention, check_window
 from attn_cnn.convolution import attention_from_convolution, convolution_from_attention
 from attn_cnn.convolution.theorem import (
     EXACT_SPREAD,
@@ -166,11 +167,18 @@ def test_the_probability_off_target_falls_with_the_spread_to_nothing():
         ({"groups": 4}, "groups is 4, which does not divide the 6 channels"),
         ({"padding": "FULL"}, "padding is 'FULL'; it must be SAME, VALID"),
         ({"padding": ((0, -1), (0, 0))}, r"padding is \(\(0, -1\), \(0, 0\)\)"),
+        ({"spread": 0.0}, "spread is 0.0; it must be above 0"),
     ],
 )
 def test_what_is_no_convolution_is_refused(arguments, message):
     with pytest.raises(UserError, match=message):
-        attention_from_convolution(random(0, (3, 3, 2, 6)), spread=16.0, **arguments)
+        attention_from_convolution(random(0, (3, 3, 2, 6)), **{"spread": 16.0} | arguments)
+
+
+@pytest.mark.parametrize("padding", [1, (1, 1), "FULL"])
+def test_padding_of_another_form_is_refused_with_the_form_it_has(padding):
+    with pytest.raises(UserError, match=r"it must be SAME, VALID, or zeros as \(\(top, bottom\), \(left, right\)\)"):
+        inspect.unwrap(check_window)((3, 3), 1, 1, padding)
 
 
 def test_a_grid_smaller_than_the_window_is_refused():
@@ -255,6 +263,12 @@ def test_attention_that_reads_the_image_is_no_convolution():
     _, params, _ = layer_of("learned_content", features=4)
     with pytest.raises(UserError, match="are of no layer whose attention depends on positions alone"):
         convolution_from_attention(params, (5, 7))
+
+
+def test_parameters_of_a_whole_network_are_refused_with_what_to_give():
+    _, params, _ = layer_of("quadratic")
+    with pytest.raises(UserError, match=r'give those of one, as in params\["layer_0"\]\["attention"\]'):
+        convolution_from_attention({"layer_0": {"attention": params}}, (5, 7))
 
 
 def test_a_grid_beyond_the_tables_is_refused():

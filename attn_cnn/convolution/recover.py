@@ -3,17 +3,17 @@
 The report is a tree of plain values (and arrays for its figure), as `report.py` writes it:
 
     heads      of each layer: its kernel's `kernels.Shape`, the `kernels.Dependence` of its squared probabilities, the
-               center and spread that it holds as parameters, and `outside`, the share of its ideal kernel that lies
-               outside the grid, averaged over queries
+               center, spread and gate that its encoding holds, and, where it depends on positions alone, `outside`, the
+               share of its ideal kernel that lies outside the grid, averaged over queries
     windows    of each layer and side K: the K x K window with the most energy of its kernel, that share, and the error
                of the layer's output when replaced by the convolution in that window
-    accuracy   of the network on the test set when layers are replaced by those convolutions, one alone or all, and
-               after an epoch of training with the 3 x 3 windows around the query
+    accuracy   of the network on the test set when layers are replaced by those convolutions, one alone or all; and by
+               the 3 x 3 windows around the query, before and after an epoch of training
 
 The maps of a file have heads alone.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -25,9 +25,9 @@ from attn_cnn import attention
 from attn_cnn.convolution import kernels as kernels_lib
 from attn_cnn.convolution import replace
 from attn_cnn.convolution.kernels import Average, Window
-from attn_cnn.convolution.replace import TUNED_SIDE, Cut
-from attn_cnn.convolution.theorem import kernels_by_shift, outside, position_encoding
-from attn_cnn.encodings import encoding_class
+from attn_cnn.convolution.replace import AROUND_QUERY, Cut
+from attn_cnn.convolution.theorem import kernels_by_shift, outside
+from attn_cnn.encodings import Encoding, encoding_class
 from attn_cnn.errors import UserError
 from attn_cnn.heads.surgery import numbers_of_heads
 from attn_cnn.maps import Maps
@@ -39,6 +39,7 @@ from attn_cnn.training.runs import Run
 
 SIDES = (1, 3, 5, 7)
 Report = dict[str, Any]
+Measure = Callable[[dict[int, Cut]], float]  # of the network with some layers replaced
 
 
 class Layer(NamedTuple):
@@ -125,31 +126,33 @@ def maps_of_run(run: Run, images: UInt8[np.ndarray, "images height width channel
         return dict(zip(numbers, averages(batches()), strict=True))
 
 
-def layer_params(params: dict, number: int) -> dict:
-    """Returns the parameters of an attention layer, the tables that all layers share included."""
-    shared = {name: value for name, value in params.items() if name.endswith("_embeddings")}
-    return shared | params[f"layer_{number}"]["attention"]
+def encodings_of_run(run: Run, images: UInt8[np.ndarray, "images height width channels"]) -> dict[int, Encoding]:
+    """Returns the encoding of each attention layer of a run by the layer's number; any image will do."""
+    batch = augment.normalize(images[:1], run.mean, run.std)
+    with precision_of(run.config):
+        heads = jax.jit(lambda params: attention.heads_of_layers(run.model, params, batch))(run.params)
+    return {number: layer.encoding for number, layer in heads.items()}
 
 
-def add_parameters(report: Report, params: dict) -> None:
-    """Adds to a position-only layer's heads what their parameters say: center, spread, what lies outside the grid."""
-    encoding = position_encoding(params)
-    out = np.asarray(outside(kernels_by_shift(encoding, tuple(report["grid"])))).mean((1, 2))
-    gaussians = encoding.gaussians()
-    for head in report["heads"]:
-        number = head["head"]
-        head["outside"] = float(out[number])
+def add_parameters(report: Report, encoding: Encoding) -> None:
+    """Adds to a layer's heads what their encoding says: center, spread, gate, how much lies outside the grid."""
+    gaussians, numbers = encoding.gaussians(), encoding.numbers()
+    out = None if encoding.needs_x else outside(kernels_by_shift(encoding, tuple(report["grid"]))).mean((1, 2))
+    for number, head in enumerate(report["heads"]):
         if gaussians is not None:
             head["center"] = gaussians.centers[number].tolist()
             # Of a matrix, the geometric mean of its two.
             head["spread"] = float(np.linalg.det(np.asarray(gaussians.precisions[number], np.float64)) ** 0.25)
+        head |= {name: float(values[number]) for name, values in numbers.items()}
+        if out is not None:
+            head["outside"] = float(out[number])
 
 
-def windows_of(layer: Layer) -> list[tuple[Cut, float]]:
-    """Returns the best window of each side, as a convolution, with its share of the energy of the layer's kernel."""
+def windows_of(layer: Layer) -> tuple[list[Cut], list[float]]:
+    """Returns the best window of each side, as convolutions, and their shares of the energy of the layer's kernel."""
     energy = layer.energy()
     best = [kernels_lib.best_window(energy, side) for side in layer.sides()]
-    return [(layer.cut(window), total / energy.sum()) for window, total in best]
+    return [layer.cut(window) for window, _ in best], [total / energy.sum() for _, total in best]
 
 
 def recover(run: Run, images: int, tune: epath.Path | None = None) -> Report:
@@ -165,56 +168,61 @@ def recover(run: Run, images: int, tune: epath.Path | None = None) -> Report:
     """
     test = data.load_with_test_set(run.config.data)
     some = test.test_images[:images]
-    maps = maps_of_run(run, some)
-    layers = [report_of_layer(*of_layer) for of_layer in maps.items()]
-    cuts: dict[int, list[tuple[Cut, float]]] = {}
-    for report in layers:
+    reports = [report_of_layer(*of_layer) for of_layer in maps_of_run(run, some).items()]
+    encodings = encodings_of_run(run, some)
+    best: dict[int, list[Cut]] = {}
+    around: dict[int, Cut | None] = {}
+    for report in reports:
         number = report["layer"]
-        own = layer_params(run.params, number)
-        if not encoding_class(run.config.model.encoding).needs_x:
-            with precision_of(run.config):
-                add_parameters(report, own)
-        layer = Layer(report["kernels"], np.asarray(own["value"]["kernel"]))
-        report["energy"] = layer.energy()
-        cuts[number] = windows_of(layer)
-        window = Window(-(TUNED_SIDE // 2), -(TUNED_SIDE // 2), TUNED_SIDE)
-        report["around_query"] = layer.cut(window) if TUNED_SIDE in layer.sides() else None
-    errors = replace.layer_errors(run, {number: [cut for cut, _ in best] for number, best in cuts.items()}, some)
-    for report in layers:
-        best = zip(cuts[report["layer"]], errors[report["layer"]], strict=True)
-        report["windows"] = [cut.window._asdict() | {"energy": share} | e._asdict() for (cut, share), e in best]
-    around = {report["layer"]: report.pop("around_query") for report in layers}
-    replaced = accuracies(run, test, {number: [cut for cut, _ in best] for number, best in cuts.items()})
+        with precision_of(run.config):
+            add_parameters(report, encodings[number])
+        value = run.params[f"layer_{number}"]["attention"]["value"]["kernel"]
+        layer = Layer(report["kernels"], np.asarray(value))
+        best[number], shares = windows_of(layer)
+        around[number] = layer.cut(AROUND_QUERY) if AROUND_QUERY.side in layer.sides() else None
+        report |= {"energy": layer.energy(), "windows": shares}
+    errors = replace.layer_errors(run, best, some)
+    for report in reports:
+        of_windows = zip(best[report["layer"]], report["windows"], errors[report["layer"]], strict=True)
+        report["windows"] = [cut.window._asdict() | {"energy": share} | e._asdict() for cut, share, e in of_windows]
+    replaced = accuracies(run, test, best)
     if tune is not None:
-        replaced["tuned"] = tuned_accuracies(run, test, around, tune)
-    return {"step": run.step, "config": run.config.to_dict(), "layers": layers, "accuracy": replaced}
+        replaced["around_query"] = around_query_accuracies(run, test, around, tune)
+    return {"step": run.step, "config": run.config.to_dict(), "layers": reports, "accuracy": replaced}
 
 
 def accuracies(run: Run, test: Dataset, cuts: dict[int, list[Cut]]) -> Report:
     """Returns the test accuracy of the network as it is, and with layers replaced, by the side of the windows."""
-
-    def measured(replaced: dict[int, Cut]) -> float:
-        return accuracy(logits(run, test.test_images, replace.replacing(replaced)), test.test_labels)
-
-    result: Report = {"as_trained": measured({}), "replaced": []}
+    measure = _measure_replaced(run, test)
+    result: Report = {"as_trained": measure({}), "replaced": []}
     for i, side in enumerate(SIDES):
-        having = {number: best[i] for number, best in cuts.items() if i < len(best)}
-        if not having:
-            continue
-        alone = {str(number): measured({number: cut}) for number, cut in having.items()}
-        together = measured(having) if len(having) == len(cuts) else None
-        result["replaced"].append({"side": side, "alone": alone, "all": together})
+        if any(i < len(best) for best in cuts.values()):
+            of_side = {number: best[i] if i < len(best) else None for number, best in cuts.items()}
+            result["replaced"].append({"side": side} | _alone_and_all(of_side, measure))
     return result
 
 
-def tuned_accuracies(run: Run, test: Dataset, around: dict[int, Cut | None], folder: epath.Path) -> Report:
-    """Returns the test accuracy after an epoch of training with one layer replaced alone, and with all of them."""
-    having = {number: cut for number, cut in around.items() if cut is not None}
+def around_query_accuracies(run: Run, test: Dataset, around: dict[int, Cut | None], folder: epath.Path) -> Report:
+    """Returns the test accuracy with windows around the query in the place of layers, before and after an epoch."""
 
-    def measured(name: str, replaced: dict[int, Cut]) -> float:
-        tuned = replace.tuned_run(run, replaced, folder / name)
+    def measure_tuned(replaced: dict[int, Cut]) -> float:
+        number, *others = replaced
+        tuned = replace.tuned_run(run, replaced, folder / ("all" if others else f"layer_{number}"))
         return accuracy(logits(tuned, test.test_images), test.test_labels)
 
-    alone = {str(number): measured(f"layer_{number}", {number: cut}) for number, cut in having.items()}
-    together = measured("all", having) if len(having) == len(around) else None
-    return {"side": TUNED_SIDE, "alone": alone, "all": together}
+    return {
+        "side": AROUND_QUERY.side,
+        "before": _alone_and_all(around, _measure_replaced(run, test)),
+        "after": _alone_and_all(around, measure_tuned),
+    }
+
+
+def _measure_replaced(run: Run, test: Dataset) -> Measure:
+    return lambda replaced: accuracy(logits(run, test.test_images, replace.replacing(replaced)), test.test_labels)
+
+
+def _alone_and_all(cuts: dict[int, Cut | None], measure: Measure) -> Report:
+    """Returns a measure with each layer replaced alone, and with all of them where all can be."""
+    having = {number: cut for number, cut in cuts.items() if cut is not None}
+    alone = {str(number): measure({number: cut}) for number, cut in having.items()}
+    return {"alone": alone, "all": measure(having) if len(having) == len(cuts) else None}

@@ -19,12 +19,13 @@ from jaxtyping import Array, Float, UInt8
 from attn_cnn import schema, train
 from attn_cnn.attention import SelfAttention, layer_number
 from attn_cnn.convolution.kernels import Window
+from attn_cnn.errors import UserError
 from attn_cnn.predict import Interceptor, network
 from attn_cnn.training import workdir as workdir_lib
 from attn_cnn.training.experiment import create_experiment, precision_of, state_of
 from attn_cnn.training.runs import Run, load_run
 
-TUNED_SIDE = 3
+AROUND_QUERY = Window(-1, -1, 3)  # of the convolutions that are trained on
 TUNED_LEARNING_RATE = 0.1  # of the run's own
 
 
@@ -145,18 +146,27 @@ def tuned_run(run: Run, cuts: Mapping[int, Cut], out: epath.Path) -> Run:
 
     Args:
       run: the run.
-      cuts: for each layer to replace, its `TUNED_SIDE` x `TUNED_SIDE` window around the query.
+      cuts: for each layer to replace, its window `AROUND_QUERY`.
       out: the folder.
+
+    Raises:
+      UserError: `out` has the start of another network.
     """
     config = replaced_config(run.config, set(cuts))
     start, tuned = out / "start", out / "tuned"
+    params = replaced_params(run.params, cuts)
     if not (start / workdir_lib.CONFIG).exists():
-        experiment = create_experiment(config, run.spec)
-        state = state_of(experiment, {"params": replaced_params(run.params, cuts)})
-        workdir_lib.create(start, config, run.spec, state)
+        workdir_lib.create(start, config, run.spec, state_of(create_experiment(config, run.spec), {"params": params}))
+    elif not same_network(load_run(start).params, params):
+        raise UserError(f"{start} is of another network; move {out} away, or name another --out.")
     config.init_from = str(start)
     train.train(config, tuned)
     return load_run(tuned)
+
+
+def same_network(a: dict, b: dict) -> bool:
+    """Returns whether two trees of parameters, of the same names and shapes, are equal up to rounding."""
+    return all(jax.tree.leaves(jax.tree.map(lambda x, y: np.allclose(x, y, rtol=1e-3, atol=1e-5), a, b)))
 
 
 def replaced_config(config: ml_collections.ConfigDict, layers: set[int]) -> ml_collections.ConfigDict:
@@ -165,7 +175,7 @@ def replaced_config(config: ml_collections.ConfigDict, layers: set[int]) -> ml_c
     kinds = schema.for_each_layer(config.model.layer, config.model.layers)
     changes = {
         "model.layer": tuple("convolution" if layer in layers else kind for layer, kind in enumerate(kinds)),
-        "model.kernel_size": TUNED_SIDE,
+        "model.kernel_size": AROUND_QUERY.side,
         "epochs": 1,
         "init_except": (),
         "degenerate_heads": "keep",

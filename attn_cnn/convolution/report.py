@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from attn_cnn import drawing, paths
 from attn_cnn.convolution.kernels import WINDOW_SHARES
 from attn_cnn.convolution.recover import Report
-from attn_cnn.convolution.replace import TUNED_SIDE
+from attn_cnn.convolution.replace import AROUND_QUERY
 
 
 def describe(report: Report) -> str:
@@ -34,14 +34,19 @@ def _pair(pair: Iterable[float], digits: int) -> str:
 def _describe_layer(layer: Report) -> str:
     shares = [f"{share:.0%} in" for share in WINDOW_SHARES]
     headers = ["head", "peak at", "peak", "mean shift", "deviation", *shares, "by shift", "by place", "by content"]
-    extra = [name for name in ("center", "spread", "outside") if name in layer["heads"][0]]
+    extra = [name for name in ("center", "spread", "gate", "outside") if name in layer["heads"][0]]
     rows = []
     for head in layer["heads"]:
         row = [str(head["head"]), _pair(head["peak_shift"], 0), f"{head['peak']:.3f}"]
         row += [_pair(head["mean_shift"], 2), _pair(head["deviation"], 2)]
         row += [f"{side}x{side}" for side in head["windows"]]
         row += [f"{head[f'by_{part}']:.1%}" for part in ("shift", "place", "content")]
-        formats = {"center": lambda v: _pair(v, 2), "spread": "{:.2f}".format, "outside": "{:.1%}".format}
+        formats = {
+            "center": lambda v: _pair(v, 2),
+            "spread": "{:.2f}".format,
+            "gate": "{:.2f}".format,
+            "outside": "{:.1%}".format,
+        }
         rows.append(row + [formats[name](head[name]) for name in extra])
     height, width = layer["grid"]
     images = "1 image" if layer["images"] == 1 else f"{layer['images']} images"
@@ -72,8 +77,9 @@ def _describe_windows(windows: list[Report]) -> str:
 def _describe_accuracy(result: Report) -> str:
     layers = list(result["replaced"][0]["alone"])
     rows = [[f"{r['side']}x{r['side']}", r] for r in result["replaced"]]
-    if tuned := result.get("tuned"):
-        rows.append([f"{tuned['side']}x{tuned['side']} around the query, an epoch later", tuned])
+    if around := result.get("around_query"):
+        name = f"{around['side']}x{around['side']} around the query"
+        rows += [[name, around["before"]], [f"{name}, an epoch later", around["after"]]]
 
     def cell(value: float | None) -> str:
         return "none" if value is None else f"{value:.4f}"
@@ -103,7 +109,7 @@ def draw(report: Report) -> Figure:
         images = list(layer["kernels"])
         if "energy" in layer:
             images.append(layer["energy"])
-            three = [w for w in layer["windows"] if w["side"] == TUNED_SIDE]
+            three = [w for w in layer["windows"] if w["side"] == AROUND_QUERY.side]
             names.append(f"layer: {three[0]['energy']:.0%} in 3x3" if three else "layer")
             outlines[len(rows), len(images) - 1] = [(w["top"], w["left"], w["side"], w["side"]) for w in three]
         rows.append(images)

@@ -36,26 +36,23 @@ def attention_from_convolution(
     """Returns the parameters of the attention layer that expresses a convolution (paper, Theorem 1).
 
     They are those of `attention.ConvolutionalAttention(features, kernel_size, stride, dilation, padding)`: `centers`
-    (heads, 2) in pixels, `spreads` (heads), `value/kernel` (heads, in, out) and `value/bias` (out), in float32. Stride
-    and padding move no head, since they are the layer's to apply; here they are checked.
+    (heads, 2) in pixels, `spreads` (heads), `value/kernel` (heads, in, out) and `value/bias` (out), in float32.
 
     Args:
       kernel_hwio: the kernel, as `lax.conv_general_dilated` takes it with dimension numbers ("NHWC", "HWIO", "NHWC").
       bias: what the convolution adds to each channel; None: nothing.
       spread: s_h of every head, in 1/pixels. At `EXACT_SPREAD` the layer equals the convolution to float32 rounding;
         below, it differs by at most `error_bound`.
-      stride: step from one output to the next, in pixels.
+      stride: step from one output to the next, in pixels; the layer applies it, here it is checked.
       dilation: step from one pixel of the kernel to the next, in pixels.
       groups: number of groups that the channels are in; `inputs` are the channels in of one group.
-      padding: zeros around the grid: "SAME", "VALID", or ((top, bottom), (left, right)).
+      padding: zeros around the grid, as the layer has it; here it is checked.
 
     Raises:
-      UserError: there is no such convolution.
+      UserError: there is no such convolution, or the spread is not above 0.
     """
     rows, columns, inputs, outputs = kernel_hwio.shape
-    check_window((rows, columns), stride, dilation, padding)
-    if groups < 1 or outputs % groups:
-        raise UserError(f"groups is {groups}, which does not divide the {outputs} channels out.")
+    _check((rows, columns), outputs, spread, stride, dilation, groups, padding)
     by_group = jnp.asarray(kernel_hwio, jnp.float32).reshape(rows * columns, inputs, groups, outputs // groups)
     diagonal = by_group[:, None] * jnp.eye(groups)[:, None, :, None]  # channels of group f reach those of f alone
     return {
@@ -66,6 +63,16 @@ def attention_from_convolution(
             "bias": jnp.zeros(outputs) if bias is None else jnp.asarray(bias, jnp.float32),
         },
     }
+
+
+def _check(
+    kernel_size: tuple[int, int], outputs: int, spread: float, stride: int, dilation: int, groups: int, padding: Padding
+) -> None:
+    check_window(kernel_size, stride, dilation, padding)
+    if groups < 1 or outputs % groups:
+        raise UserError(f"groups is {groups}, which does not divide the {outputs} channels out.")
+    if not spread > 0:
+        raise UserError(f"spread is {spread}; it must be above 0, as {EXACT_SPREAD}, at which the layer is exact.")
 
 
 def probability_off_target(spread: float) -> float:
@@ -118,6 +125,11 @@ def position_encoding(params: dict) -> Encoding:
     Raises:
       UserError: they are those of no such layer.
     """
+    if "kernel" not in params.get("value", {}):
+        raise UserError(
+            f"these parameters ({', '.join(sorted(params))}) are not those of one attention layer with heads; give "
+            'those of one, as in params["layer_0"]["attention"].'
+        )
     heads, features, _ = params["value"]["kernel"].shape
     table = params.get("row_embeddings")
     sizes = {} if table is None else {"max_side": (len(table) + 1) // 2, "embedding_size": table.shape[1]}
@@ -131,12 +143,14 @@ def position_encoding(params: dict) -> Encoding:
             return encoding
     raise UserError(
         f"these parameters ({', '.join(sorted(params))}) are of no layer whose attention depends on positions alone "
-        f"({', '.join(candidates)}); only such a layer is a convolution."
+        f"({', '.join(candidates)}); only such a layer is a convolution. Tables that layers share go with them."
     )
 
 
 def kernels_by_shift(encoding: Encoding, grid: tuple[int, int]) -> Float[Array, "heads rows columns"]:
-    """Returns P_h[d], the softmax over all shifts d that a grid has, (2H - 1) x (2W - 1); shift 0 is in the middle.
+    """Returns each head's ideal kernel P_h[d], as on a grid without a border; shift 0 is in the middle.
+
+    It is the softmax of the scores over all shifts d that a grid has, (2H - 1) x (2W - 1) of them.
 
     Args:
       encoding: position-only heads.
