@@ -35,10 +35,10 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, profile: b
 
     Raises:
       UserError: the config, the data set or the workdir is not usable, or the loss is not finite.
-      Stopped: Ctrl-C or SIGTERM came to this host or to another; a checkpoint of that very step is written.
+      Stopped: one of `stopping.SIGNALS` came to this host or to another; a checkpoint of that very step is written.
     """
     config, workdir = checked(config), workdir_lib.open_workdir(workdir)
-    cluster.tell()
+    cluster.log_devices()
     check_same_config(config)
     dataset = load_data(config)
     experiment = create_experiment(config, dataset.spec)
@@ -59,7 +59,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, profile: b
         else:
             log.info("%s %d steps.", beginning(workdir, step), experiment.total_steps)
             writer = stack.enter_context(Writer(workdir / "metrics", step, evaluated))
-            heads = devices.on_every_host(functools.partial(open_heads, workdir, step, evaluated))
+            heads = devices.on_every_host(functools.partial(open_history, workdir, step, evaluated))
             profiler = stack.enter_context(Profile(workdir / "profile" if profile else None))
             bar = stack.enter_context(progress_line(step, experiment.total_steps))
             loop = Loop(experiment, state, dataset, checkpoints, writer, heads, interrupt, profiler, bar)
@@ -82,7 +82,7 @@ def open_checkpoints(experiment: Experiment, workdir: epath.Path) -> Checkpoints
     return Checkpoints(workdir / workdir_lib.CHECKPOINTS, config.keep, history_steps=history_steps)
 
 
-def open_heads(workdir: epath.Path, step: int, evaluated: bool) -> History | None:
+def open_history(workdir: epath.Path, step: int, evaluated: bool) -> History | None:
     """Returns the numbers of the run's heads so far; on several hosts process 0 has them."""
     return History(workdir, step, evaluated) if jax.process_index() == 0 else None
 
@@ -132,6 +132,7 @@ def evaluate(
 
     Raises:
       UserError: there is no checkpoint, or it is of another config.
+      Stopped: one of `stopping.SIGNALS` came.
     """
     config, workdir = checked(config), workdir_lib.open_workdir(workdir)
     fields = ("model.", "data.", "dtype", "matmul", "optimizer.name", "freeze")

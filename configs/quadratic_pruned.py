@@ -1,7 +1,7 @@
 """A quadratic_generalized run without its degenerate heads, trained on (the paper's section 4.2).
 
 python main.py --config=configs/quadratic_pruned.py         # CIFAR-10, 100 epochs after the 300 of the other run
-python main.py --config=configs/quadratic_pruned.py:small   # CIFAR-10 at a laptop, 15 minutes on one core: 0.833
+python main.py --config=configs/quadratic_pruned.py:small   # CIFAR-10 on a laptop, 15 minutes on one core: 0.833
 python main.py --config=configs/quadratic_pruned.py:digits  # no download, half a minute on 2 cores
 
 12.1M parameters, 6.2 GFLOPs an image, before heads are pruned. It starts from runs/quadratic_generalized[_<scale>],

@@ -1,5 +1,6 @@
 """What people build on: the package's few names, and a layer that works in anybody's model."""
 
+import re
 import subprocess
 import sys
 
@@ -9,16 +10,38 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden import Golden, assert_close, small_model
-from program import ROOT
+from program import ROOT, tiny_config
 
 import attn_cnn
 from attn_cnn.encodings import ENCODINGS
+from configs import quadratic
 
 
 def test_completion_offers_the_names_that_matter_and_each_is_documented():
     assert dir(attn_cnn) == sorted(attn_cnn.__all__)
     for name in attn_cnn.__all__:
         assert name in attn_cnn.__doc__ and getattr(attn_cnn, name).__doc__
+
+
+def cells_of_the_readme():
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+def test_the_layer_of_the_readme_returns_what_it_says():
+    (cell,) = [cell for cell in cells_of_the_readme() if "SelfAttention" in cell]
+    names = {}
+    exec(cell, names)
+    assert names["y"].shape == names["x"].shape
+
+
+@pytest.mark.slow
+def test_the_run_of_the_readme_is_trained_and_opened(tmp_path, monkeypatch):
+    (cell,) = [cell for cell in cells_of_the_readme() if "load_run" in cell]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(quadratic, "get_config", lambda scale: tiny_config(epochs=1) if scale == "digits" else None)
+    names = {}
+    exec(cell, names)
+    assert names["logits"].shape == (8, 10) and [layer.shape for layer in names["maps"]] == [(1, 9, 4, 4, 4, 4)]
 
 
 def test_a_name_that_is_not_there_is_an_attribute_error():

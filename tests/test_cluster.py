@@ -34,7 +34,7 @@ def test_a_platform_that_is_not_there_is_one_message(platform, tmp_path):
 )
 def test_a_cluster_half_detected_is_one_process(variables):
     script = "import logging; logging.basicConfig(level='INFO'); from attn_cnn.training import cluster; "
-    script += "cluster.initialize(None, None, None); cluster.tell()"
+    script += "cluster.initialize(None, None, None); cluster.log_devices()"
     command = [sys.executable, "-c", script]
     done = subprocess.run(
         command, cwd=program.ROOT, env=program.environment(**variables), capture_output=True, text=True, check=True
@@ -96,7 +96,7 @@ def test_an_accelerator_that_jax_does_not_use_is_a_warning_with_the_line_that_me
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     monkeypatch.setattr(glob, "glob", lambda pattern: [pattern] if "nvidia" in pattern else [])
     with caplog.at_level(logging.INFO, "attn_cnn"):
-        cluster.tell()
+        cluster.log_devices()
     first, warning = caplog.messages
     assert first.startswith("On 1 CPU device (cpu), 1 process")
     assert "an NVIDIA GPU" in warning and 'pip install -U "jax[cuda13]"' in warning
@@ -106,5 +106,5 @@ def test_cpu_that_was_asked_for_is_no_warning(monkeypatch, caplog):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setattr(glob, "glob", lambda pattern: [pattern])
     with caplog.at_level(logging.INFO, "attn_cnn"):
-        cluster.tell()
+        cluster.log_devices()
     assert len(caplog.messages) == 1

@@ -106,7 +106,7 @@ def test_a_resumed_run_does_what_was_left_to_do(digits, of_epoch, epochs, log_ev
 # A run, opened
 
 
-@pytest.fixture(params=["11_quadratic_heads", "before_11_resnet18"])
+@pytest.fixture(params=["quadratic_heads_by_layer", "resnet18"])
 def workdir(request, tmp_path):
     return epath.Path(shutil.copytree(WORKDIRS / request.param, tmp_path / "run"))
 
@@ -188,7 +188,7 @@ def test_a_run_that_has_no_checkpoint_yet_says_so(tmp_path):
 @pytest.fixture(scope="module")
 def other(tmp_path_factory):
     """The workdir of a run that has come to step 28."""
-    return shutil.copytree(WORKDIRS / "before_11_quadratic", tmp_path_factory.mktemp("other") / "run")
+    return shutil.copytree(WORKDIRS / "quadratic", tmp_path_factory.mktemp("other") / "run")
 
 
 def start_from(other, **changes):
@@ -205,7 +205,7 @@ def test_it_starts_with_the_other_runs_parameters_and_all_else_fresh(other):
 
 @pytest.mark.slow
 def test_a_resnet_starts_with_the_other_runs_statistics_too(tmp_path):
-    workdir = shutil.copytree(WORKDIRS / "before_11_resnet18", tmp_path / "run")
+    workdir = shutil.copytree(WORKDIRS / "resnet18", tmp_path / "run")
     config, run = load_config(epath.Path(workdir)), load_run(workdir)
     config.init_from, config.seed = str(workdir), 5
     state = start.first_state(create_experiment(config)).state
@@ -242,7 +242,7 @@ def test_parameters_that_do_not_fit_are_named_unless_they_start_afresh(other):
 
 
 def test_parameters_that_only_the_other_run_has_are_named(tmp_path):
-    other = shutil.copytree(WORKDIRS / "11_quadratic_heads", tmp_path / "other")
+    other = shutil.copytree(WORKDIRS / "quadratic_heads_by_layer", tmp_path / "other")
     with pytest.raises(UserError, match="layer_2/attention/centers is left over there"):
         start_from(other)
 
@@ -259,7 +259,7 @@ def test_another_run_that_is_not_there_is_named(tmp_path):
 
 @pytest.mark.slow
 def test_once_started_and_killed_before_its_first_epoch_it_needs_the_other_run_no_more(tmp_path, caplog):
-    other = shutil.copytree(WORKDIRS / "before_11_quadratic", tmp_path / "other")
+    other = shutil.copytree(WORKDIRS / "quadratic", tmp_path / "other")
     theirs, workdir = load_run(other).params, tmp_path / "run"
     flags = ("--config.epochs=20", "--config.checkpoint.every_epochs=20", f"--config.init_from={other}")
     process = program.start(f"--workdir={workdir}", *flags)

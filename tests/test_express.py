@@ -26,7 +26,7 @@ from attn_cnn.training.runs import load_config, load_run
 from configs import resnet18
 
 WORKDIRS = Path(__file__).parent / "workdirs"
-RESNET = WORKDIRS / "before_11_resnet18"
+RESNET = WORKDIRS / "resnet18"
 SOFT = 10**0.5
 
 
@@ -120,14 +120,14 @@ def test_it_trains_on_and_its_heads_move(tmp_path):
     assert len(of_layers) == 17
     wide = [layer for layer in of_layers if layer.name.startswith(("conv1", "stage0", "stage1"))]
     assert len(wide) == 9
-    assert all(layer.mean > 1e-4 and layer.squares[0] < layer.squares[2] for layer in wide)
+    assert all(layer.mean > 1e-4 and layer.squared_spreads[0] < layer.squared_spreads[2] for layer in wide)
 
 
 @pytest.mark.slow
-def test_at_the_exact_spread_its_heads_stay(expressed):
+def test_at_the_exact_spread_its_heads_are_on_the_window(expressed):
     workdir, _ = expressed
     of_layers = moves_of_run(load_run(workdir))
-    assert [(layer.largest, layer.squares[0]) for layer in of_layers] == [(0.0, 256.0)] * 17
+    assert [(layer.largest, layer.squared_spreads[0]) for layer in of_layers] == [(0.0, 256.0)] * 17
 
 
 @pytest.mark.slow
@@ -147,13 +147,13 @@ def test_gradients_reach_centers_and_spreads_of_every_layer_at_s_squared_10():
 
 def test_what_is_no_resnet_of_convolutions_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"is no ResNet's \(config.model.name is attention\)"):
-        express(WORKDIRS / "11_quadratic_heads", tmp_path / "out", EXACT_SPREAD)
+        express(WORKDIRS / "quadratic_heads_by_layer", tmp_path / "out", EXACT_SPREAD)
     with pytest.raises(UserError, match="has attention layers already"):
         express_lib.expressed_config(attention_config())
 
 
 def test_a_workdir_with_a_run_is_not_overwritten():
-    with pytest.raises(UserError, match="before_11_resnet18 holds a run already"):
+    with pytest.raises(UserError, match="resnet18 holds a run already"):
         express(RESNET, RESNET, EXACT_SPREAD)
 
 
@@ -163,7 +163,7 @@ def test_moves_are_distances_from_the_window():
     (layer,) = moves(params)
     assert layer.name == "block/conv" and layer.heads == 9
     assert layer.mean == pytest.approx(1.1 / 9) and layer.largest == pytest.approx(0.6)
-    assert layer.left == 1 and layer.squares == (4.0, 4.0, 4.0)
+    assert layer.strayed == 1 and layer.squared_spreads == (4.0, 4.0, 4.0)
     assert "1 of 9" in describe([layer])
 
 

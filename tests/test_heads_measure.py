@@ -14,8 +14,6 @@ from attn_cnn.heads import measure
 from attn_cnn.mixing import Factors, Weighted, Whole
 from attn_cnn.model import create_model
 
-LINEAR = ("mean_shift", "nonlocality", "mass_3x3", "mass_5x5", "entropy")  # means over queries
-
 
 @functools.cache
 def model(encoding):

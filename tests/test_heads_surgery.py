@@ -57,10 +57,10 @@ def test_heads_are_numbered_as_they_stand_and_kept_as_the_config_numbers_them():
 
 def test_a_model_that_lost_heads_has_no_square_to_start_on():
     model = small_model("quadratic", heads=4, init="grid", init_spread=0.5)
-    after = surgery.operated(model, surgery.untouched(model).pruned({1: {3}}))
+    after = surgery.with_remaining_heads(model, surgery.untouched(model).pruned({1: {3}}))
     assert abstract_variables(after)["params"]["layer_1"]["attention"]["spreads"].shape == (3,)
-    assert surgery.operated(model, surgery.untouched(model)) == model
-    assert surgery.operated(model, None) == model
+    assert surgery.with_remaining_heads(model, surgery.untouched(model)) == model
+    assert surgery.with_remaining_heads(model, None) == model
 
 
 # Prune
@@ -106,7 +106,7 @@ def test_a_head_whose_value_is_zero_changes_no_logit_when_it_is_pruned(encoding,
         params[name] = params[name].at[jnp.array(list(heads))].set(0)
     params = traverse_util.unflatten_dict(params, sep="/")
     model = config_of(encoding)
-    after = surgery.operated(model, surgery.untouched(model).pruned(chosen))
+    after = surgery.with_remaining_heads(model, surgery.untouched(model).pruned(chosen))
     logits = create_model(model).apply({"params": params}, images)
     assert_close(create_model(after).apply({"params": surgery.prune(params, model, chosen)}, images), logits)
 

@@ -1,13 +1,26 @@
-"""The notebook runs from top to bottom."""
+"""The notebook runs from top to bottom, and the pages that stand in the repository are of today's scripts."""
 
+import html
 import re
-from pathlib import Path
 
 import nbclient
 import nbformat
 import pytest
+from program import ROOT
 
-NOTEBOOK = Path(__file__).parent.parent / "notebooks" / "attn_cnn.ipynb"
+NOTEBOOK = ROOT / "notebooks" / "attn_cnn.ipynb"
+
+
+def page_of_the_notebook():
+    outputs = (output for cell in nbformat.read(NOTEBOOK, as_version=4).cells for output in cell.get("outputs", []))
+    return html.unescape("".join(output.get("data", {}).get("text/html", "") for output in outputs))
+
+
+@pytest.mark.parametrize("page", [page_of_the_notebook, (ROOT / "docs" / "demo.html").read_text])
+def test_pages_in_the_repository_have_todays_scripts_and_style(page):
+    text = page()
+    files = [path for path in (ROOT / "attn_cnn" / "explorer" / "static").iterdir() if path.suffix in (".js", ".css")]
+    assert len(files) > 5 and [path.name for path in files if path.read_text().strip() not in text] == []
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """The wheel holds the library with what the page is made of, its types, its dependencies and its commands."""
 
 import importlib
+import os
 import shutil
 import subprocess
 import sys
@@ -50,6 +51,15 @@ def test_its_dependencies_are_those_of_the_requirements(wheel):
         lines = (ROOT / "requirements" / f"{name}.txt").read_text().splitlines()
         needed = {Requirement(line.partition("#")[0]) for line in lines if not line.startswith("#")}
         assert {(r.name, r.specifier) for r in found} == {(r.name, r.specifier) for r in needed}
+
+
+def test_installed_alone_its_commands_run(wheel, tmp_path):
+    install = ["install", "--no-deps", "--quiet", f"--target={tmp_path}", wheel.filename]
+    subprocess.run([sys.executable, "-m", "pip", *install], check=True)
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+    command = [tmp_path / "bin" / "attn-cnn-convolution", "recover"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == "error: recover needs --workdir=RUN, or --maps=FILE in its place.\n"
 
 
 def test_its_commands_exist(wheel):

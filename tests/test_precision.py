@@ -22,13 +22,13 @@ from attn_cnn.predict import predict
 WORKDIRS = Path(__file__).parent / "workdirs"
 IMAGES = np.zeros((2, 8, 8, 1), np.uint8)
 COMPUTED = {
-    "probabilities of classes": ("11_gated", lambda run: predict(run, IMAGES)),
-    "maps": ("11_gated", lambda run: maps_of_run(run, IMAGES)),
-    "errors of layers": ("11_gated", lambda run: layer_errors(run, {}, IMAGES)),
-    "numbers of heads": ("11_gated", report.of_run),
-    "figures": ("11_gated", lambda run: RunSource(run, 2).numbers()),
-    "a page": ("11_gated", lambda run: view.of_run(run, "gated", 2, network.steps(run), half=False)),
-    "layers beside attention": ("before_11_resnet18", lambda run: compare_layers(run, 3.0, IMAGES)),
+    "probabilities of classes": ("gated", lambda run: predict(run, IMAGES)),
+    "maps": ("gated", lambda run: maps_of_run(run, IMAGES)),
+    "errors of layers": ("gated", lambda run: layer_errors(run, {}, IMAGES)),
+    "numbers of heads": ("gated", report.of_run),
+    "figures": ("gated", lambda run: RunSource(run, 2).numbers()),
+    "a page": ("gated", lambda run: view.of_run(run, "gated", 2, network.steps(run), half=False)),
+    "layers beside attention": ("resnet18", lambda run: compare_layers(run, 3.0, IMAGES)),
 }
 
 

@@ -276,7 +276,7 @@ def test_a_resnet_is_told_from_attention():
 
 @pytest.mark.slow
 def test_a_run_that_is_exported_and_imported_by_the_commands_is_the_same_run(tmp_path):
-    workdir, file, again = WORKDIRS / "before_11_quadratic", tmp_path / "run.npz", tmp_path / "again"
+    workdir, file, again = WORKDIRS / "quadratic", tmp_path / "run.npz", tmp_path / "again"
     exported = program.run_module("attn_cnn.torch_export", file, f"--workdir={workdir}")
     assert exported.returncode == 0, exported.stderr
     config = load_run(workdir).config

@@ -1,7 +1,8 @@
 """Workdirs that earlier versions of the code left half-way are evaluated, resumed and opened as they were by that code.
 
-Those in workdirs/ called before_11_* were made by the code before issue 11, the others by the issue in their name.
-expected.json holds what the code that made them measured, there and at the end of the run.
+Those in workdirs/ are named by experiment. All but quadratic_pruned are older than data.json; quadratic_heads_by_layer
+has layers with heads of their own number. expected.json holds what the code that made each measured, there and at the
+end of the run.
 """
 
 import json

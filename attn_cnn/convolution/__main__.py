@@ -31,10 +31,11 @@ def define_flags() -> None:
     """Defines the flags of all commands."""
     flags.DEFINE_string("workdir", None, "The run's workdir.")
     flags.DEFINE_string("out", None, "express: the workdir to make. recover: a folder for the report.")
-    flags.DEFINE_float("spread", EXACT_SPREAD, "s of every head, in 1/pixels; 3.16 leaves gradients.", lower_bound=0.01)
-    flags.DEFINE_string("maps", None, "A file of attention maps in the place of a run.")
-    flags.DEFINE_integer("images", 500, "Test images to average maps and errors over.", lower_bound=1)
-    flags.DEFINE_boolean("tune", False, "Train networks with layers replaced for an epoch, in OUT.")
+    spread = "express: s of every head, in 1/pixels; at the default training moves no head, at 3.16 it does."
+    flags.DEFINE_float("spread", EXACT_SPREAD, spread, lower_bound=0.01)
+    flags.DEFINE_string("maps", None, "recover: a file of attention maps in the place of a run.")
+    flags.DEFINE_integer("images", 500, "recover: test images to average maps and errors over.", lower_bound=1)
+    flags.DEFINE_boolean("tune", False, "recover: also train networks with layers replaced for an epoch, in OUT.")
     cli.define_step()
 
 
@@ -50,29 +51,31 @@ def check_flags(command: str) -> None:
     if FLAGS.maps is not None:
         cli.refuse(("step", "images", "tune"), "goes with --workdir, not with --maps")
     if FLAGS.out is None and (command == "express" or FLAGS.tune):
-        raise UserError("--out is missing; name a folder to make, as in --out=runs/resnet18_attention.")
+        example = "runs/resnet18_attention" if command == "express" else "reports/quadratic_small"
+        raise UserError(f"--out is missing; name a folder to make, as in --out={example}.")
 
 
 def express() -> None:
     """Makes the run and prints how it compares."""
-    from attn_cnn.convolution import express  # not needed to find a mistake in the flags
+    from attn_cnn.convolution import express as express_lib  # not needed to find a mistake in the flags
 
-    print(express.describe(express.express(FLAGS.workdir, FLAGS.out, FLAGS.spread, cli.step())))
+    print(express_lib.describe(express_lib.express(FLAGS.workdir, FLAGS.out, FLAGS.spread, cli.step())))
     print(f"\n{FLAGS.out} now holds the network as attention; --config.model.layer=attention goes with it.")
 
 
 def recover() -> None:
     """Prints the report and, where there is an OUT, writes it there."""
     from attn_cnn import maps
-    from attn_cnn.convolution import recover, report
+    from attn_cnn.convolution import recover as recover_lib
+    from attn_cnn.convolution import report
     from attn_cnn.training.runs import load_run
 
     out = None if FLAGS.out is None else paths.resolve(FLAGS.out, "--out")
     if FLAGS.maps is not None:
-        found = recover.recover_maps(maps.read(paths.resolve(FLAGS.maps, "--maps")))
+        found = recover_lib.recover_maps(maps.read(paths.resolve(FLAGS.maps, "--maps")))
     else:
         run = load_run(FLAGS.workdir, cli.step())
-        found = recover.recover(run, FLAGS.images, out / f"tuned_{run.step}" if out and FLAGS.tune else None)
+        found = recover_lib.recover(run, FLAGS.images, out / f"tuned_{run.step}" if out and FLAGS.tune else None)
     print(report.describe(found))
     if out is not None:
         report.write(found, out)
@@ -80,10 +83,10 @@ def recover() -> None:
 
 def moves() -> None:
     """Prints where the heads have gone."""
-    from attn_cnn.convolution import moves
+    from attn_cnn.convolution import moves as moves_lib
     from attn_cnn.training.runs import load_run
 
-    print(moves.describe(moves.moves_of_run(load_run(FLAGS.workdir, cli.step()))))
+    print(moves_lib.describe(moves_lib.moves_of_run(load_run(FLAGS.workdir, cli.step()))))
 
 
 def main(argv):

@@ -29,8 +29,8 @@ class Average(NamedTuple):
 
     Attributes:
       images: number of images.
-      mean: B_h.
-      squares: sum over queries and keys of A_h^2, averaged over images.
+      mean: B_h[q, k], each probability A_h[q, k] averaged over images.
+      squares: the sum of A_h[q, k]^2 over queries and keys, averaged over images.
     """
 
     images: int
@@ -80,7 +80,10 @@ def queries_by_shift(height: int, width: int) -> Int[np.ndarray, "2*{height}-1 2
 
 
 def kernels(mean: Float[np.ndarray, "heads H W H W"]) -> Float[np.ndarray, "heads rows columns"]:
-    """Returns K_h[d] over the (2H - 1) x (2W - 1) shifts of the grid; shift 0 is in the middle."""
+    """Returns the kernel K_h[d] that each head has on the grid; shift 0 is in the middle.
+
+    It is the mean probability at each of the (2H - 1) x (2W - 1) shifts, over the queries that have a key there.
+    """
     heads, height, width, _, _ = mean.shape
     sums = np.zeros((heads, 2 * height - 1, 2 * width - 1))
     for i in range(height):

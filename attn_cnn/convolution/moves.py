@@ -19,17 +19,17 @@ class Moves(NamedTuple):
       name: the layer's path in the network.
       mean: mean distance from its pixel, in pixels.
       largest: the largest distance.
-      left: how many heads are nearer to another pixel than to their own.
+      strayed: how many heads are nearer to another pixel than to their own.
       heads: how many there are.
-      squares: the smallest, the median and the largest s^2, in 1/pixels^2.
+      squared_spreads: the smallest, the median and the largest s^2, in 1/pixels^2.
     """
 
     name: str
     mean: float
     largest: float
-    left: int
+    strayed: int
     heads: int
-    squares: tuple[float, float, float]
+    squared_spreads: tuple[float, float, float]
 
 
 def moves_of_run(run: Run) -> list[Moves]:
@@ -50,9 +50,9 @@ def moves(params: dict, path: tuple[str, ...] = ()) -> Iterator[Moves]:
         off = centers - window(math.isqrt(len(centers)))
         distances = np.linalg.norm(off, axis=-1)
         low, median, high = (float(f(squares)) for f in (np.min, np.median, np.max))
-        left = int((np.abs(off).max(-1) > 0.5).sum())
+        strayed = int((np.abs(off).max(-1) > 0.5).sum())
         mean, largest = float(distances.mean()), float(distances.max())
-        yield Moves("/".join(path), mean, largest, left, len(centers), (low, median, high))
+        yield Moves("/".join(path), mean, largest, strayed, len(centers), (low, median, high))
         return
     for name, value in sorted(params.items()):
         if isinstance(value, dict):
@@ -62,8 +62,8 @@ def moves(params: dict, path: tuple[str, ...] = ()) -> Iterator[Moves]:
 def describe(layers: list[Moves]) -> str:
     """Returns the table of moves, to read."""
     rows = [
-        [layer.name, f"{layer.mean:.3f}", f"{layer.largest:.3f}", f"{layer.left} of {layer.heads}"]
-        + [f"{square:.2f}" for square in layer.squares]
+        [layer.name, f"{layer.mean:.3f}", f"{layer.largest:.3f}", f"{layer.strayed} of {layer.heads}"]
+        + [f"{square:.2f}" for square in layer.squared_spreads]
         for layer in layers
     ]
     headers = ["layer", "mean move, pixels", "largest", "left their pixel", "smallest s^2", "median", "largest"]

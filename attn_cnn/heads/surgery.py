@@ -68,7 +68,7 @@ def numbers_of_heads(model: ml_collections.ConfigDict) -> dict[int, int]:
     return {n: heads for n, (kind, heads) in enumerate(kinds_and_heads(model)) if kind == "attention" and heads}
 
 
-def operated(model: ml_collections.ConfigDict, surgery: Surgery | None) -> ml_collections.ConfigDict:
+def with_remaining_heads(model: ml_collections.ConfigDict, surgery: Surgery | None) -> ml_collections.ConfigDict:
     """Returns a config's `model` with the heads that remain."""
     if surgery is None or surgery.kept == untouched(model).kept:
         return model

@@ -109,7 +109,7 @@ def install_line(platform: str) -> str:
     return f'pip install -U "jax[{"tpu" if platform == "tpu" else "cuda13"}]"'
 
 
-def tell() -> None:
+def log_devices() -> None:
     """Logs what the run computes on, and warns of an accelerator that the machine has and JAX does not use."""
     devices = jax.devices()
     log.info(

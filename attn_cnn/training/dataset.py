@@ -69,7 +69,7 @@ class Dataset(NamedTuple):
     spec: Spec
 
 
-def described(
+def dataset_of(
     names: tuple[str, ...],
     train_images: UInt8[np.ndarray, "train height width channels"],
     train_labels: Int[np.ndarray, "train"],

@@ -213,7 +213,7 @@ def create_experiment(
     if spec is None:
         spec = data.known_spec(config.data) or data.load_part(config.data).spec
         config = checked(config, spec)
-    model = surgery_lib.operated(config.model, surgery)
+    model = surgery_lib.with_remaining_heads(config.model, surgery)
     check_penalty(config.condition_penalty, model)
     steps_per_epoch = spec.train_size // config.batch_size
     schedule = optim.create_schedule(config.optimizer, steps_per_epoch, config.epochs)

@@ -114,4 +114,4 @@ def model_as_left(config: ml_collections.ConfigDict, workdir: epath.PathLike) ->
     config, workdir = checked(config), workdir_lib.open_workdir(workdir)
     surgery = workdir_lib.read_surgery(workdir)
     same = surgery and not workdir_lib.differences(config, load_config(workdir), only=("model.",))
-    return surgery_lib.operated(config.model, surgery) if same else config.model
+    return surgery_lib.with_remaining_heads(config.model, surgery) if same else config.model

@@ -11,7 +11,7 @@ from jaxtyping import Int, UInt8
 from attn_cnn import paths
 from attn_cnn.errors import UserError, first_line
 from attn_cnn.training import pictures
-from attn_cnn.training.dataset import Dataset, cache_key, cached, described
+from attn_cnn.training.dataset import Dataset, cache_key, cached, dataset_of
 
 log = logging.getLogger("attn_cnn")
 
@@ -65,7 +65,7 @@ def arrays(path: epath.Path, splits: tuple[str, str]) -> Dataset:
     if train.shape[1:] != test.shape[1:]:
         raise UserError(f"{path} has images of {train.shape[1:]} in {splits[0]} and {test.shape[1:]} in {splits[1]}.")
     names = tuple(map(str, range(max(train_labels.max(), test_labels.max()) + 1)))
-    return described(names, train, train_labels, test, test_labels)
+    return dataset_of(names, train, train_labels, test, test_labels)
 
 
 def _checked(
@@ -103,7 +103,7 @@ def folder(root: epath.Path, splits: tuple[str, str], image_size: int) -> Datase
     def decode():
         log.info("Decoding the pictures in %s; the next start reads the arrays.", root)
         train, test = _decode(files, image_size)
-        return described(names, train, labels[0], test, labels[1])
+        return dataset_of(names, train, labels[0], test, labels[1])
 
     return cached([place], decode)
 

@@ -13,7 +13,7 @@ from etils import epath
 from attn_cnn import paths, schema
 from attn_cnn.errors import UserError, first_line
 from attn_cnn.training import quiet_tensorflow
-from attn_cnn.training.dataset import Dataset, cache_key, cached, described
+from attn_cnn.training.dataset import Dataset, cache_key, cached, dataset_of
 
 log = logging.getLogger("attn_cnn")
 
@@ -158,7 +158,7 @@ def _decode(prepared: epath.Path, splits: tuple[str, str]) -> Dataset:
         if len(parts[-1]) != examples:
             found = f"{len(parts[-1]):,} {split} examples instead of {examples:,}"
             raise UserError(f"the data set in {prepared} cannot be read: it has {found}. {ANEW}")
-    return described(tuple(builder.info.features[keys[1]].names), *parts)
+    return dataset_of(tuple(builder.info.features[keys[1]].names), *parts)
 
 
 ANEW = "If it is damaged, move the folder away and run again, and it is prepared anew."
