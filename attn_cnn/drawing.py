@@ -283,11 +283,11 @@ def _image(axes: Axes, image: np.ndarray, title: str) -> None:
 
 
 @styled
-def lines(x: Sequence[float], series: Mapping[str, Sequence[float | None]], **axes: object) -> Figure:
+def lines(x: Sequence[float], series: Mapping[str, Sequence[float]], **axes: object) -> Figure:
     """Draws a line for each of the `series` over `x`; `axes` are set on the axes, as in xlabel="spread"."""
     figure, ((ax,),) = panels(1, 1, 6, 3.6)
     for name, values in series.items():
-        ax.plot(x, [np.nan if value is None else value for value in values], label=name)
+        ax.plot(x, values, label=name)
     ax.set(**axes)
     ax.legend()
     return figure

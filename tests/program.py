@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 from absl import flags
 from etils import epath
@@ -14,6 +16,7 @@ from attn_cnn.training.metrics import read
 from configs import quadratic
 
 ROOT = Path(__file__).parent.parent
+WORKDIRS = Path(__file__).parent / "workdirs"  # of earlier versions of the code
 TINY = ("--config.model.layers=1", "--config.model.hidden_size=16", "--config.model.mlp_size=16")
 
 
@@ -108,6 +111,11 @@ def scalars(workdir, tag):
 def newest_checkpoint(workdir):
     """The step of the newest whole one, or 0."""
     return max((int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()), default=0)
+
+
+def assert_same_bits(a, b):
+    """Two trees of arrays are equal."""
+    jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 def content(workdir):

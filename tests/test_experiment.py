@@ -21,13 +21,6 @@ from attn_cnn.training.checkpoint import Checkpoints
 from attn_cnn.training.experiment import Next, create_experiment, random_state, what_happens
 from attn_cnn.training.runs import load_config, load_run
 
-WORKDIRS = Path(__file__).parent / "workdirs"
-
-
-def assert_same_bits(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
-
-
 # What happens in a run
 
 
@@ -108,7 +101,7 @@ def test_a_resumed_run_does_what_was_left_to_do(digits, of_epoch, epochs, log_ev
 
 @pytest.fixture(params=["quadratic_heads_by_layer", "resnet18"])
 def workdir(request, tmp_path):
-    return epath.Path(shutil.copytree(WORKDIRS / request.param, tmp_path / "run"))
+    return epath.Path(shutil.copytree(program.WORKDIRS / request.param, tmp_path / "run"))
 
 
 def test_load_run_is_at_hand_in_the_package():
@@ -125,7 +118,7 @@ def test_a_loaded_run_is_what_its_workdir_says(workdir, caplog):
     assert run.step == program.newest_checkpoint(workdir)
     assert bool(run.batch_stats) == (run.config.model.name == "resnet18")
     _, state = runs.restore(create_experiment(run.config), workdir)
-    assert_same_bits((run.params, run.batch_stats), (state.params, state.batch_stats))
+    program.assert_same_bits((run.params, run.batch_stats), (state.params, state.batch_stats))
     assert program.content(Path(workdir)) == before
 
 
@@ -150,7 +143,7 @@ def test_a_run_is_loaded_at_its_newest_its_best_or_a_given_step(three_checkpoint
     workdir, states = three_checkpoints
     run = load_run(workdir, step=asked)
     assert run.step == found
-    assert_same_bits(run.params, states[found].params)
+    program.assert_same_bits(run.params, states[found].params)
 
 
 @pytest.mark.slow
@@ -188,7 +181,7 @@ def test_a_run_that_has_no_checkpoint_yet_says_so(tmp_path):
 @pytest.fixture(scope="module")
 def other(tmp_path_factory):
     """The workdir of a run that has come to step 28."""
-    return shutil.copytree(WORKDIRS / "quadratic", tmp_path_factory.mktemp("other") / "run")
+    return shutil.copytree(program.WORKDIRS / "quadratic", tmp_path_factory.mktemp("other") / "run")
 
 
 def start_from(other, **changes):
@@ -199,25 +192,25 @@ def start_from(other, **changes):
 def test_it_starts_with_the_other_runs_parameters_and_all_else_fresh(other):
     state, fresh = start_from(other), random_state(create_experiment(program.tiny_config(seed=5)))
     assert load_run(other).step == 28
-    assert_same_bits(state.params, load_run(other).params)
-    assert_same_bits(state.replace(params=fresh.params), fresh)  # step 0, moments, schedule, sums
+    program.assert_same_bits(state.params, load_run(other).params)
+    program.assert_same_bits(state.replace(params=fresh.params), fresh)  # step 0, moments, schedule, sums
 
 
 @pytest.mark.slow
 def test_a_resnet_starts_with_the_other_runs_statistics_too(tmp_path):
-    workdir = shutil.copytree(WORKDIRS / "resnet18", tmp_path / "run")
+    workdir = shutil.copytree(program.WORKDIRS / "resnet18", tmp_path / "run")
     config, run = load_config(epath.Path(workdir)), load_run(workdir)
     config.init_from, config.seed = str(workdir), 5
     state = start.first_state(create_experiment(config)).state
     assert int(state.step) == 0
-    assert_same_bits((state.params, state.batch_stats), (run.params, run.batch_stats))
+    program.assert_same_bits((state.params, state.batch_stats), (run.params, run.batch_stats))
 
 
 def test_what_init_except_names_starts_afresh_and_nothing_else(other):
     state = start_from(other, init_except=("classifier",))
     theirs, fresh = load_run(other).params, random_state(create_experiment(program.tiny_config(seed=5))).params
     assert np.any(np.asarray(theirs["classifier"]["kernel"]) != np.asarray(fresh["classifier"]["kernel"]))
-    assert_same_bits(state.params, theirs | {"classifier": fresh["classifier"]})
+    program.assert_same_bits(state.params, theirs | {"classifier": fresh["classifier"]})
 
 
 def test_a_part_of_a_layer_starts_afresh_too(other):
@@ -242,7 +235,7 @@ def test_parameters_that_do_not_fit_are_named_unless_they_start_afresh(other):
 
 
 def test_parameters_that_only_the_other_run_has_are_named(tmp_path):
-    other = shutil.copytree(WORKDIRS / "quadratic_heads_by_layer", tmp_path / "other")
+    other = shutil.copytree(program.WORKDIRS / "quadratic_heads_by_layer", tmp_path / "other")
     with pytest.raises(UserError, match="layer_2/attention/centers is left over there"):
         start_from(other)
 
@@ -259,7 +252,7 @@ def test_another_run_that_is_not_there_is_named(tmp_path):
 
 @pytest.mark.slow
 def test_once_started_and_killed_before_its_first_epoch_it_needs_the_other_run_no_more(tmp_path, caplog):
-    other = shutil.copytree(WORKDIRS / "quadratic", tmp_path / "other")
+    other = shutil.copytree(program.WORKDIRS / "quadratic", tmp_path / "other")
     theirs, workdir = load_run(other).params, tmp_path / "run"
     flags = ("--config.epochs=20", "--config.checkpoint.every_epochs=20", f"--config.init_from={other}")
     process = program.start(f"--workdir={workdir}", *flags)
@@ -268,7 +261,7 @@ def test_once_started_and_killed_before_its_first_epoch_it_needs_the_other_run_n
     process.wait()
     assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["0"]
     shutil.rmtree(other)
-    assert_same_bits(load_run(workdir).params, theirs)
+    program.assert_same_bits(load_run(workdir).params, theirs)
     caplog.set_level("INFO", "attn_cnn")
     config = program.tiny_config(**{"epochs": 20, "checkpoint.every_epochs": 20, "init_from": str(other)})
     assert int(train.train(config, workdir).step) == 280
@@ -285,7 +278,7 @@ def test_layers_with_heads_of_their_own_number_train_resume_evaluate_and_are_des
     config, workdir = program.tiny_config(**changes), tmp_path / "run"
     state = train.train(config, workdir)
     shutil.rmtree(workdir / "checkpoints" / "28")
-    assert_same_bits(train.train(config, workdir), state)
+    program.assert_same_bits(train.train(config, workdir), state)
     run = load_run(workdir)
     assert run.config.model.heads == (4, 0, 9) and run.step == 28
     attention = [run.params[f"layer_{n}"]["attention"] for n in range(3)]

@@ -2,7 +2,6 @@
 
 import functools
 import re
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +24,7 @@ from attn_cnn.torch_export import export_variables
 from attn_cnn.training.runs import load_config, load_run
 from configs import resnet18
 
-WORKDIRS = Path(__file__).parent / "workdirs"
-RESNET = WORKDIRS / "resnet18"
+RESNET = program.WORKDIRS / "resnet18"
 SOFT = 10**0.5
 
 
@@ -147,7 +145,7 @@ def test_gradients_reach_centers_and_spreads_of_every_layer_at_s_squared_10():
 
 def test_what_is_no_resnet_of_convolutions_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"is no ResNet's \(config.model.name is attention\)"):
-        express(WORKDIRS / "quadratic_heads_by_layer", tmp_path / "out", EXACT_SPREAD)
+        express(program.WORKDIRS / "quadratic_heads_by_layer", tmp_path / "out", EXACT_SPREAD)
     with pytest.raises(UserError, match="has attention layers already"):
         express_lib.expressed_config(attention_config())
 

@@ -37,10 +37,6 @@ def config_of(**changes):
     return program.tiny_config(quadratic_generalized, **changes)
 
 
-def assert_same_bits(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
-
-
 def flat(params):
     return traverse_util.flatten_dict(params, sep="/")
 
@@ -82,7 +78,7 @@ def test_degenerate_heads_are_gone_and_named_and_all_else_is_as_it_was(other):
     for name in ("centers", "spreads"):
         np.testing.assert_array_equal(attention[name], theirs["layer_0"]["attention"][name][jnp.array([0, 2, 3])])
     assert list(flat(start.state.params["layer_1"]["attention"])) == ["value/bias"]
-    assert_same_bits(start.state.params["classifier"], theirs["classifier"])
+    program.assert_same_bits(start.state.params["classifier"], theirs["classifier"])
 
 
 @pytest.mark.slow
@@ -92,7 +88,7 @@ def test_the_config_stays_as_given_and_the_heads_that_remain_stand_beside_it(pru
     assert json.loads((workdir / "heads.json").read_text()) == {"kept": [[0, 2, 3], []], "reset": [[], []]}
     run = load_run(workdir)
     assert run.config.model.heads == (3, 0)
-    assert_same_bits(run.params, state.params)
+    program.assert_same_bits(run.params, state.params)
     assert history.read(workdir)["entropy"].shape == (2, 2, 3)
     assert np.isnan(history.read(workdir)["entropy"][:, 1]).all()
 
@@ -103,8 +99,8 @@ def test_the_same_command_resumes_and_needs_the_other_run_no_more(pruned, tmp_pa
     workdir = epath.Path(shutil.copytree(workdir, tmp_path / "run"))
     numbers = history.read(workdir)
     shutil.rmtree(workdir / "checkpoints" / "28")
-    assert_same_bits(train.train(config, workdir), state)
-    assert_same_bits(history.read(workdir), numbers)
+    program.assert_same_bits(train.train(config, workdir), state)
+    program.assert_same_bits(history.read(workdir), numbers)
 
 
 @pytest.mark.slow
@@ -119,7 +115,7 @@ def test_it_is_evaluated_described_reported_exported_and_imported(pruned, tmp_pa
     assert [(row["layer"], row["head"]) for row in heads_report.of_run(run)] == [(0, 0), (0, 1), (0, 2)]
     torch_export.export_run(run, epath.Path(tmp_path) / "out.npz")
     state_dict, *_ = torch_import.read_checkpoint(epath.Path(tmp_path) / "out.npz")
-    assert_same_bits(torch_import.import_state_dict(state_dict, run.config.model), state.params)
+    program.assert_same_bits(torch_import.import_state_dict(state_dict, run.config.model), state.params)
     with pytest.raises(UserError, match=r"its layers have 3,0 heads: set --config.model.heads=\"\(3,0,\)\""):
         torch_import.import_state_dict(state_dict, config.model)
 
@@ -129,7 +125,7 @@ def test_a_run_that_starts_from_a_pruned_one_lacks_the_same_heads(pruned):
     _, workdir, state = pruned
     for heads in (5, (3, 0)):
         start = first_state(create_experiment(config_of(init_from=str(workdir), **{"model.heads": heads})))
-        assert_same_bits(start.state.params, state.params)
+        program.assert_same_bits(start.state.params, state.params)
     with pytest.raises(UserError, match="layer_0/attention/centers has shape"):
         first_state(create_experiment(config_of(init_from=str(workdir), **{"model.heads": 4})))
 
@@ -193,7 +189,7 @@ def test_reset_heads_are_drawn_anew_and_train_while_the_others_stay(other, tmp_p
         start["layer_0"]["attention"]["value"]["bias"], theirs["layer_0"]["attention"]["value"]["bias"]
     )
     shutil.rmtree(workdir / "checkpoints" / "14")
-    assert_same_bits(train.train(config, workdir), state)
+    program.assert_same_bits(train.train(config, workdir), state)
 
 
 # By hand

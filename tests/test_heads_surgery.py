@@ -38,10 +38,6 @@ def flat(params):
     return traverse_util.flatten_dict(params, sep="/")
 
 
-def assert_same_bits(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
-
-
 # Which heads
 
 

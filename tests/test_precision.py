@@ -1,12 +1,11 @@
 """Matrix products are as precise as a run's config says where its network is computed, and float32 in formulas."""
 
-from pathlib import Path
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from program import WORKDIRS
 
 from attn_cnn import attention_from_convolution, convolution_from_attention, load_run
 from attn_cnn.convolution.express import compare_layers
@@ -19,7 +18,6 @@ from attn_cnn.figures.sources import RunSource
 from attn_cnn.heads import report
 from attn_cnn.predict import predict
 
-WORKDIRS = Path(__file__).parent / "workdirs"
 IMAGES = np.zeros((2, 8, 8, 1), np.uint8)
 COMPUTED = {
     "probabilities of classes": ("gated", lambda run: predict(run, IMAGES)),

@@ -1,7 +1,5 @@
 """Pictures of any size become class names and probabilities, as the run's own test images do."""
 
-from pathlib import Path
-
 import flax.linen as nn
 import numpy as np
 import PIL.Image
@@ -34,7 +32,7 @@ def test_the_runs_own_test_images_are_predicted_as_its_evaluation_counts_them(wo
 
 @pytest.mark.slow
 def test_images_are_predicted_in_batches_of_eval_batch_size_as_they_are_one_by_one():
-    run = load_run(Path(__file__).parent / "workdirs" / "quadratic")
+    run = load_run(program.WORKDIRS / "quadratic")
     run.config.eval_batch_size, images, sizes = 2, data.load("digits").test_images[:3], set()
 
     def keep_size(next_call, args, kwargs, context):

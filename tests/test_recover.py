@@ -3,7 +3,6 @@
 import functools
 import json
 import shutil
-from pathlib import Path
 
 import jax
 import matplotlib
@@ -26,8 +25,6 @@ from attn_cnn.training.data import SPECS, load_with_test_set
 from attn_cnn.training.experiment import create_experiment, random_state
 from attn_cnn.training.runs import Run, load_run
 from configs import gated, learned, learned_content, quadratic, quadratic_generalized
-
-WORKDIRS = Path(__file__).parent / "workdirs"
 
 
 def untrained(experiment=quadratic, **changes):
@@ -158,7 +155,7 @@ def test_tables_that_layers_share_are_each_layers(three_alone):
 
 @pytest.mark.slow
 def test_a_network_with_layers_replaced_trains_on_and_goes_on_where_it_stopped(tmp_path):
-    run = load_run(WORKDIRS / "quadratic")
+    run = load_run(program.WORKDIRS / "quadratic")
     value = np.asarray(run.params["layer_0"]["attention"]["value"]["kernel"])
     cut = recover_lib.Layer(np.full((len(value), 7, 7), 1 / 49), value).cut(Window(-1, -1, 3))
     tuned = tuned_run(run, {0: cut}, epath.Path(tmp_path))
@@ -176,7 +173,7 @@ def test_a_network_with_layers_replaced_trains_on_and_goes_on_where_it_stopped(t
 @pytest.mark.slow
 def test_runs_without_attention_are_refused():
     with pytest.raises(UserError, match="config.model.name is resnet18; recover reads runs of attention models"):
-        recover(load_run(WORKDIRS / "resnet18"), 10)
+        recover(load_run(program.WORKDIRS / "resnet18"), 10)
     with pytest.raises(UserError, match="no attention layers with heads"):
         recover(untrained(**{"model.layer": "convolution"}), 10)
 
@@ -221,7 +218,7 @@ command = functools.partial(program.run_module, "attn_cnn.convolution", "recover
 
 @pytest.mark.slow
 def test_accuracy_after_an_epoch_of_training_stands_beside_that_before(three_alone, tmp_path, monkeypatch):
-    run, asked = load_run(WORKDIRS / "quadratic"), []
+    run, asked = load_run(program.WORKDIRS / "quadratic"), []
 
     def says_always_three(run, cuts, folder):
         asked.append(set(cuts))
@@ -269,7 +266,7 @@ def test_layers_are_replaced_one_alone_and_then_all_by_windows_of_each_side(monk
 
 @pytest.mark.slow
 def test_the_command_reports_a_run_with_layers_of_few_and_no_heads(tmp_path):
-    done = command(f"--workdir={WORKDIRS / 'quadratic_heads_by_layer'}", f"--out={tmp_path}", "--images=20")
+    done = command(f"--workdir={program.WORKDIRS / 'quadratic_heads_by_layer'}", f"--out={tmp_path}", "--images=20")
     assert done.returncode == 0, done.stderr
     assert "layer 0, 4x4 grid" in done.stdout and "layer 1," not in done.stdout
     assert (tmp_path / "recover.txt").read_text() == done.stdout

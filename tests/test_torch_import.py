@@ -1,7 +1,6 @@
 """Checkpoints of the paper's PyTorch code become workdirs of ours; what does not fit is named."""
 
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +17,6 @@ from attn_cnn.model import abstract_variables, create_model
 from attn_cnn.torch_import import import_checkpoint, import_state_dict, import_variables, read_checkpoint, torch_names
 from attn_cnn.training.runs import load_run
 from configs import gated, quadratic, resnet18
-
-WORKDIRS = Path(__file__).parent / "workdirs"
 
 
 def test_every_misfit_is_named():
@@ -276,7 +273,7 @@ def test_a_resnet_is_told_from_attention():
 
 @pytest.mark.slow
 def test_a_run_that_is_exported_and_imported_by_the_commands_is_the_same_run(tmp_path):
-    workdir, file, again = WORKDIRS / "quadratic", tmp_path / "run.npz", tmp_path / "again"
+    workdir, file, again = program.WORKDIRS / "quadratic", tmp_path / "run.npz", tmp_path / "again"
     exported = program.run_module("attn_cnn.torch_export", file, f"--workdir={workdir}")
     assert exported.returncode == 0, exported.stderr
     config = load_run(workdir).config

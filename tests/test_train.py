@@ -36,10 +36,6 @@ def final_state(config, workdir):
     return state
 
 
-def assert_same_bits(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
-
-
 class Finished(NamedTuple):
     config: Any
     state: Any
@@ -69,7 +65,7 @@ def test_killed_at_a_random_step_it_ends_with_the_same_bits(uninterrupted, tmp_p
         assert process.wait() == -signal.SIGKILL
     done = program.run(f"--workdir={workdir}", *flags)
     assert "Resuming" in done.stderr
-    assert_same_bits(final_state(uninterrupted.config, workdir), uninterrupted.state)
+    program.assert_same_bits(final_state(uninterrupted.config, workdir), uninterrupted.state)
     for tag in ("train/loss", "train/accuracy", "test/loss", "test/accuracy", "lr"):
         assert program.scalars(workdir, tag) == program.scalars(uninterrupted.workdir, tag)
     tag = "heads/nonlocality/layer_0_head_8"
@@ -79,7 +75,7 @@ def test_killed_at_a_random_step_it_ends_with_the_same_bits(uninterrupted, tmp_p
     )
     numbers, expected = history.read(workdir), history.read(uninterrupted.workdir)
     assert numbers["step"].tolist() == [14 * epoch for epoch in range(1, 13)]
-    assert_same_bits(numbers, expected)
+    program.assert_same_bits(numbers, expected)
 
 
 @pytest.mark.slow
@@ -105,7 +101,7 @@ def test_fields_that_cannot_change_the_results_may_differ_and_the_config_on_disk
     shutil.copytree(uninterrupted.workdir, workdir)
     config = uninterrupted.config.copy_and_resolve_references()
     config.update_from_flattened_dict({"checkpoint.keep": 2, "eval_batch_size": 7, "micro_batch_size": 50})
-    assert_same_bits(train.train(config, workdir), uninterrupted.state)
+    program.assert_same_bits(train.train(config, workdir), uninterrupted.state)
     assert json.loads((workdir / "config.json").read_text()) == json.loads(config.to_json())
     assert sorted(path.name for path in workdir.iterdir()) == FILES
 

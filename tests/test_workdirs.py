@@ -22,10 +22,8 @@ from attn_cnn.training import data
 from attn_cnn.training.augment import normalize
 from attn_cnn.training.runs import load_config
 
-WORKDIRS = sorted((Path(__file__).parent / "workdirs").iterdir())
 
-
-@pytest.fixture(params=WORKDIRS, ids=lambda path: path.name)
+@pytest.fixture(params=sorted(program.WORKDIRS.iterdir()), ids=lambda path: path.name)
 def workdir(request, tmp_path):
     return epath.Path(shutil.copytree(request.param, tmp_path / "run"))
 
