@@ -108,6 +108,19 @@ def attention(scale: str, encoding: str) -> ml_collections.ConfigDict:
     return config
 
 
+DATA = {
+    "name": "cifar10",  # or another of TensorFlow Datasets, digits, folder:PATH, npz:PATH
+    "dir": "",  # TFDS_DATA_DIR, or tfds's default
+    "train_split": "train",
+    "test_split": "test",
+    "image_size": 0,  # to which pictures of a folder are resized; 0: they are of one size
+    "train_fraction": 1.0,  # of each class, after what is held out
+    "validation_fraction": 0.0,  # of each class, held out of the training set to choose by
+    "crop_padding": 4,
+    "flip": True,
+}
+
+
 def run() -> ml_collections.ConfigDict:
     """Returns the paper's training of an attention model, all but the model itself."""
     return ml_collections.ConfigDict(
@@ -126,17 +139,7 @@ def run() -> ml_collections.ConfigDict:
             "init_except": (),  # its parameters that start afresh, as in ("classifier",)
             "degenerate_heads": "keep",  # of that run; or prune, or reset: drawn anew
             "freeze": "none",  # or positions, values, both: of the heads that init_from brings, without it of all
-            "data": {
-                "name": "cifar10",  # or another of TensorFlow Datasets, digits, folder:PATH, npz:PATH
-                "dir": "",  # TFDS_DATA_DIR, or tfds's default
-                "train_split": "train",
-                "test_split": "test",
-                "image_size": 0,  # to which pictures of a folder are resized; 0: they are of one size
-                "train_fraction": 1.0,  # of each class, after what is held out
-                "validation_fraction": 0.0,  # of each class, held out of the training set to choose by
-                "crop_padding": 4,
-                "flip": True,
-            },
+            "data": DATA,
             "optimizer": {
                 "name": "sgd",  # or adam, muon
                 "learning_rate": 0.1,
