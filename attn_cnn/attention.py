@@ -287,6 +287,14 @@ class ConvolutionalAttention(nn.Module):
         return slices
 
 
+def _is_zeros(padding: Any) -> bool:
+    """Returns whether `padding` is of the form ((top, bottom), (left, right)), none of them negative."""
+    try:
+        return np.shape(padding) == (2, 2) and bool(np.min(padding) >= 0)
+    except (ValueError, TypeError):  # ragged, or text
+        return False
+
+
 def check_window(kernel_size: tuple[int, int], stride: int, dilation: int, padding: Padding) -> None:
     """Raises UserError unless these describe a convolution, as the attributes of `ConvolutionalAttention` do."""
     if min(kernel_size) < 1:
@@ -295,7 +303,7 @@ def check_window(kernel_size: tuple[int, int], stride: int, dilation: int, paddi
         if value < 1:
             raise UserError(f"{name} is {value}; it must be 1 or more.")
     named = padding in ("SAME", "VALID")
-    if not named and (np.shape(padding) != (2, 2) or np.min(padding) < 0):  # type: ignore[arg-type]
+    if not named and not _is_zeros(padding):
         raise UserError(f"padding is {padding!r}; it must be SAME, VALID, or zeros as ((top, bottom), (left, right)).")
 
 

@@ -5,9 +5,9 @@
       --out=docs/results_paper.md                                             # the paper's Table 1, on a GPU or TPU
     python -m benchmarks.reproduce --scale=digits --experiments=quadratic --seeds=0,1 --sweep=optimizer.momentum=0.8,0.9
 
-Each run is one of main.py, in a folder of its own below --runs, with its output beside it. Stopped anywhere, which
-stops that run as well, the same command goes on. Every seed is finished for all experiments before the next begins.
-Accuracy is of the last epoch, never of the best by the test set.
+Each run is one of main.py, in a folder of its own below --runs, with its output beside it. A signal to this command
+stops the run too, and the same command goes on from there. Every seed is finished for all experiments before the next
+begins. Accuracy is of the last epoch, never of the best by the test set.
 
 After each run the page is written, and beside it a record, as docs/results.json. A run that the record has by today's
 config is not trained again, and the page shows all that the record has at its scale: it can be finished on other days
@@ -68,23 +68,30 @@ def run_to_its_end(command: list[str], log: epath.Path) -> int:
     """Runs a command with its output at the end of a log, and returns its exit status.
 
     Raises:
-      Stopped: a signal came; it was passed on, and the command has saved what it does and ended.
+      Stopped: a signal came and was passed on; the command, which is one of main.py, has saved its state and ended.
+      UserError: a signal came and was passed on, but the command did not end in order.
     """
-    came = []
+    came: list[int] = []
+    child: subprocess.Popen | None = None
 
     def pass_on(number, _):
         came.append(number)
-        child.send_signal(number)
+        if child is not None:
+            child.send_signal(number)
 
-    with log.open("a") as output:  # in a session of its own no signal of the terminal reaches the command twice
-        child = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
     heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     former = {number: signal.signal(number, pass_on) for number in heard}
     try:
+        with log.open("a") as output:  # in a session of its own no signal of the terminal reaches the command twice
+            child = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+        for number in came[:1]:  # which came while it was started
+            child.send_signal(number)
         status = child.wait()
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
+    if came and status not in (0, -came[0], 128 + came[0]):
+        raise UserError(f"stopped, but the run did not end in order; {log} says why.")
     if came:
         raise Stopped("stopped; the same command goes on.", came[0])
     return status

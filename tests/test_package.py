@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zipfile
 
+import numpy as np
 import pytest
 from packaging.requirements import Requirement
 from program import ROOT
@@ -53,13 +54,14 @@ def test_its_dependencies_are_those_of_the_requirements(wheel):
         assert {(r.name, r.specifier) for r in found} == {(r.name, r.specifier) for r in needed}
 
 
-def test_installed_alone_its_commands_run(wheel, tmp_path):
+def test_installed_alone_a_command_reads_maps_to_its_end(wheel, tmp_path):
     install = ["install", "--no-deps", "--quiet", f"--target={tmp_path}", wheel.filename]
     subprocess.run([sys.executable, "-m", "pip", *install], check=True)
     environment = os.environ | {"PYTHONPATH": str(tmp_path), "JAX_PLATFORMS": "cpu"}
-    command = [tmp_path / "bin" / "attn-cnn-convolution", "recover"]
+    np.savez(tmp_path / "vit.npz", maps=np.full((1, 1, 2, 2, 2, 2), 0.25, np.float32))
+    command = [tmp_path / "bin" / "attn-cnn-convolution", "recover", "--maps=vit.npz"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr == "error: recover needs --workdir=RUN, or --maps=FILE in its place.\n"
+    assert done.returncode == 0 and "layer 0, 2x2 grid" in done.stdout, done.stderr
 
 
 def test_its_commands_exist(wheel):

@@ -15,7 +15,15 @@ from attn_cnn.convolution import recover as recover_lib
 from attn_cnn.convolution import report as report_lib
 from attn_cnn.convolution.kernels import Window
 from attn_cnn.convolution.recover import recover, recover_maps
-from attn_cnn.convolution.replace import Cut, replaced_config, replaced_params, replacing, sees_all, tuned_run
+from attn_cnn.convolution.replace import (
+    AROUND_QUERY,
+    Cut,
+    replaced_config,
+    replaced_params,
+    replacing,
+    sees_all,
+    tuned_run,
+)
 from attn_cnn.convolution.theorem import EXACT_SPREAD
 from attn_cnn.errors import UserError
 from attn_cnn.maps import Maps, write
@@ -166,8 +174,18 @@ def test_a_network_with_layers_replaced_trains_on_and_goes_on_where_it_stopped(t
     again = tuned_run(run, {0: cut}, epath.Path(tmp_path))
     np.testing.assert_array_equal(again.params["layer_0"]["convolution"]["convolution"]["kernel"], kernel)
     other = cut._replace(kernel=cut.kernel + 0.01)
-    with pytest.raises(UserError, match=r"start is of another network; move .* away, or name another --out"):
-        tuned_run(run, {0: other}, epath.Path(tmp_path))
+    for of_another, its_cut in ((run, other), (untrained(learned), cut)):
+        with pytest.raises(UserError, match=r"was made from another network, .* or name another --out"):
+            tuned_run(of_another, {0: its_cut}, epath.Path(tmp_path))
+
+
+@pytest.mark.slow
+def test_a_start_that_was_cut_short_is_made_again(tmp_path):
+    run, out = load_run(program.WORKDIRS / "quadratic"), epath.Path(tmp_path)
+    value = np.asarray(run.params["layer_0"]["attention"]["value"]["kernel"])
+    cut = recover_lib.Layer(np.full((len(value), 7, 7), 1 / 49), value).cut(AROUND_QUERY)
+    (out / "start" / "checkpoints" / "0.orbax-checkpoint-tmp").mkdir(parents=True)
+    assert tuned_run(run, {0: cut}, out).step > 0
 
 
 @pytest.mark.slow
@@ -221,6 +239,7 @@ def test_accuracy_after_an_epoch_of_training_stands_beside_that_before(three_alo
     run, asked = load_run(program.WORKDIRS / "quadratic"), []
 
     def says_always_three(run, cuts, folder):
+        assert all(cut.window == AROUND_QUERY for cut in cuts.values())
         asked.append(set(cuts))
         params = jax.tree.map(np.zeros_like, run.params)
         params["classifier"]["bias"] = np.eye(10, dtype=np.float32)[3]
@@ -262,6 +281,22 @@ def test_layers_are_replaced_one_alone_and_then_all_by_windows_of_each_side(monk
     }
     text = report_lib.describe({"layers": [], "accuracy": found})
     assert text.splitlines()[-1].split() == ["5x5", "none", "8.0000", "none"]
+
+
+def test_before_and_after_the_epoch_the_same_layers_are_replaced_by_the_same_windows(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(recover_lib.replace, "replacing", lambda cuts: ("before", cuts))
+    monkeypatch.setattr(recover_lib.replace, "tuned_run", lambda run, cuts, out: run._replace(step=("after", cuts)))
+    monkeypatch.setattr(recover_lib, "logits", lambda run, images, replaced=None: replaced or run.step)
+    monkeypatch.setattr(recover_lib, "accuracy", lambda found, labels: seen.append(found) or float(len(seen)))
+    run = untrained()
+    test, cut = load_with_test_set(run.config.data), Cut(AROUND_QUERY, np.zeros((3, 3, 1, 1)))
+    found = recover_lib.around_query_accuracies(run, test, {0: cut, 2: cut}, epath.Path(tmp_path))
+    sets = [{0: cut}, {2: cut}, {0: cut, 2: cut}]
+    assert seen == [("before", cuts) for cuts in sets] + [("after", cuts) for cuts in sets]
+    assert found["before"] == {"alone": {"0": 1.0, "2": 2.0}, "all": 3.0}
+    found = recover_lib.around_query_accuracies(run, test, {0: cut, 2: None}, epath.Path(tmp_path))
+    assert found["before"]["all"] is found["after"]["all"] is None and set(found["after"]["alone"]) == {"0"}
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import re
 import shutil
 import signal
@@ -250,25 +251,28 @@ def test_a_run_that_fails_is_named_and_the_others_are_finished(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stopped_anywhere_the_same_command_goes_on(tmp_path, number):
+def test_a_signal_stops_its_run_and_the_same_command_resumes_it(tmp_path, number):
     sweep = ["epochs=30", *(each.removeprefix("--sweep=") for each in TINY[1:])]
     (variant,) = variants_of(["quadratic"], "digits", sweep)
     workdir = Run(variant, 0).workdir(epath.Path(tmp_path))
     arguments = ("--scale=digits", "--experiments=quadratic", f"--runs={tmp_path}", *(f"--sweep={e}" for e in sweep))
     command = [sys.executable, "-m", "benchmarks.reproduce", *arguments]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
-    while not newest_checkpoint(workdir):
-        assert process.poll() is None
-        time.sleep(0.1)
-    process.send_signal(number)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        while not newest_checkpoint(workdir):
+            assert process.poll() is None
+            time.sleep(0.1)
+    finally:
+        os.killpg(process.pid, number)  # as a terminal does
     assert "stopped; the same command goes on" in process.stderr.read() and process.wait() == 128 + number
     stopped_at, log = newest_checkpoint(workdir), workdir.with_name(f"{workdir.name}.log")
-    assert (
-        log.read_text().splitlines()[-1].endswith(f"stopped at step {stopped_at}; the same command goes on from there.")
-    )
+    assert log.read_text().endswith(f"stopped at step {stopped_at}; the same command goes on from there.\n")
     assert not results.read(workdir).finished
     again = run_module("benchmarks.reproduce", *arguments)
     assert again.returncode == 0 and results.read(workdir).finished
+    assert f"Resuming {workdir} at step {stopped_at}" in log.read_text()
 
 
 @pytest.mark.slow

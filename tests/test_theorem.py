@@ -175,7 +175,7 @@ def test_what_is_no_convolution_is_refused(arguments, message):
         attention_from_convolution(random(0, (3, 3, 2, 6)), **{"spread": 16.0} | arguments)
 
 
-@pytest.mark.parametrize("padding", [1, (1, 1), "FULL"])
+@pytest.mark.parametrize("padding", [1, (1, 1), ((1, 2), (3,)), "FULL"])
 def test_padding_of_another_form_is_refused_with_the_form_it_has(padding):
     with pytest.raises(UserError, match=r"it must be SAME, VALID, or zeros as \(\(top, bottom\), \(left, right\)\)"):
         inspect.unwrap(check_window)((3, 3), 1, 1, padding)

@@ -31,7 +31,7 @@ def define_flags() -> None:
     """Defines the flags of all commands."""
     flags.DEFINE_string("workdir", None, "The run's workdir.")
     flags.DEFINE_string("out", None, "express: the workdir to make. recover: a folder for the report.")
-    spread = "express: s of every head, in 1/pixels; at the default training moves no head, at 3.16 it does."
+    spread = "express: the spread s of every head, in 1/pixels. At the default heads get no gradient, at 3.16 they do."
     flags.DEFINE_float("spread", EXACT_SPREAD, spread, lower_bound=0.01)
     flags.DEFINE_string("maps", None, "recover: a file of attention maps in the place of a run.")
     flags.DEFINE_integer("images", 500, "recover: test images to average maps and errors over.", lower_bound=1)

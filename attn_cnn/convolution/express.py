@@ -83,10 +83,10 @@ def expressed_config(config: ml_collections.ConfigDict) -> ml_collections.Config
       UserError: it is no ResNet's, or has attention layers already.
     """
     if config.model.name != "resnet18" or config.model.layer == "attention":
-        kind = f"is no ResNet's (config.model.name is {config.model.name})"
+        reason = f"is no ResNet's (config.model.name is {config.model.name})"
         if config.model.name == "resnet18":
-            kind = "has attention layers already (config.model.layer is attention)"
-        raise UserError(f"the run {kind}; express a run of configs/resnet18.py with its convolutions.")
+            reason = "has attention layers already (config.model.layer is attention)"
+        raise UserError(f"the run {reason}; express a run of configs/resnet18.py with its convolutions.")
     config = config.copy_and_resolve_references()
     config.model.layer = "attention"
     return config

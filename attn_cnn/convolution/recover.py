@@ -171,6 +171,7 @@ def recover(run: Run, images: int, tune: epath.Path | None = None) -> Report:
     reports = [report_of_layer(*of_layer) for of_layer in maps_of_run(run, some).items()]
     encodings = encodings_of_run(run, some)
     best: dict[int, list[Cut]] = {}
+    shares: dict[int, list[float]] = {}
     around: dict[int, Cut | None] = {}
     for report in reports:
         number = report["layer"]
@@ -178,12 +179,12 @@ def recover(run: Run, images: int, tune: epath.Path | None = None) -> Report:
             add_parameters(report, encodings[number])
         value = run.params[f"layer_{number}"]["attention"]["value"]["kernel"]
         layer = Layer(report["kernels"], np.asarray(value))
-        best[number], shares = windows_of(layer)
+        report["energy"] = layer.energy()
+        best[number], shares[number] = windows_of(layer)
         around[number] = layer.cut(AROUND_QUERY) if AROUND_QUERY.side in layer.sides() else None
-        report |= {"energy": layer.energy(), "windows": shares}
     errors = replace.layer_errors(run, best, some)
     for report in reports:
-        of_windows = zip(best[report["layer"]], report["windows"], errors[report["layer"]], strict=True)
+        of_windows = zip(*(found[report["layer"]] for found in (best, shares, errors)), strict=True)
         report["windows"] = [cut.window._asdict() | {"energy": share} | e._asdict() for cut, share, e in of_windows]
     replaced = accuracies(run, test, best)
     if tune is not None:

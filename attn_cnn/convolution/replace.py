@@ -150,22 +150,27 @@ def tuned_run(run: Run, cuts: Mapping[int, Cut], out: epath.Path) -> Run:
       out: the folder.
 
     Raises:
-      UserError: `out` has the start of another network.
+      UserError: `out` has the start of another network, or of other convolutions.
     """
     config = replaced_config(run.config, set(cuts))
     start, tuned = out / "start", out / "tuned"
     params = replaced_params(run.params, cuts)
     if not (start / workdir_lib.CONFIG).exists():
+        if start.exists():
+            start.rmtree()  # it was cut short: its config comes last
         workdir_lib.create(start, config, run.spec, state_of(create_experiment(config, run.spec), {"params": params}))
     elif not same_network(load_run(start).params, params):
-        raise UserError(f"{start} is of another network; move {out} away, or name another --out.")
+        reason = "was made from another network, or from maps of other images (--images)"
+        raise UserError(f"{start} {reason}; move {out} away, or name another --out.")
     config.init_from = str(start)
     train.train(config, tuned)
     return load_run(tuned)
 
 
 def same_network(a: dict, b: dict) -> bool:
-    """Returns whether two trees of parameters, of the same names and shapes, are equal up to rounding."""
+    """Returns whether two trees of parameters have the same names and shapes, and are equal up to rounding."""
+    if jax.tree.map(np.shape, a) != jax.tree.map(np.shape, b):
+        return False
     return all(jax.tree.leaves(jax.tree.map(lambda x, y: np.allclose(x, y, rtol=1e-3, atol=1e-5), a, b)))
 
 

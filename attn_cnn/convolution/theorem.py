@@ -72,7 +72,7 @@ def _check(
     if groups < 1 or outputs % groups:
         raise UserError(f"groups is {groups}, which does not divide the {outputs} channels out.")
     if not spread > 0:
-        raise UserError(f"spread is {spread}; it must be above 0, as {EXACT_SPREAD}, at which the layer is exact.")
+        raise UserError(f"spread is {spread}; it must be above 0. At {EXACT_SPREAD} the layer is exact.")
 
 
 def probability_off_target(spread: float) -> float:

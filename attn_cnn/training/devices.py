@@ -26,7 +26,7 @@ Result = TypeVar("Result")
 log = logging.getLogger("attn_cnn")
 
 AXIS = "devices"
-PMAP = True  # False: jit and shard_map, which give the same bits and stay when pmap goes
+PMAP = True  # False: jit and shard_map, which give the same bits and will do when JAX has no pmap
 
 
 @runtime_checkable
