@@ -2,7 +2,7 @@
 
 import contextlib
 import glob
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -52,15 +52,22 @@ def network(
         return result
 
 
+def batches(
+    run: Run, images: UInt8[np.ndarray, "images height width channels"]
+) -> Iterator[UInt8[np.ndarray, "batch height width channels"]]:
+    """Yields the images, config.eval_batch_size of them at a time."""
+    size = run.config.eval_batch_size
+    for start in range(0, len(images), size):
+        yield images[start : start + size]
+
+
 def logits(
     run: Run, images: UInt8[np.ndarray, "images height width channels"], interceptor: Interceptor | None = None
 ) -> Float[np.ndarray, "images classes"]:
     """Returns the logits of all `images`, computed in batches of config.eval_batch_size."""
-    size = run.config.eval_batch_size
     with precision_of(run.config):
         of_batch = jax.jit(lambda variables, batch: network(run, variables, batch, interceptor))
-        starts = range(0, len(images), size)
-        return np.concatenate([of_batch(run.variables, images[start : start + size]) for start in starts])
+        return np.concatenate([of_batch(run.variables, batch) for batch in batches(run, images)])
 
 
 def predict(run: Run, images: UInt8[np.ndarray, "images height width channels"]) -> Float[np.ndarray, "images classes"]:

@@ -16,7 +16,6 @@ and machines, where the former runs are gone. They all need the same copy of the
 
 import itertools
 import re
-import signal
 import subprocess
 from collections.abc import Iterable, Sequence
 
@@ -29,7 +28,7 @@ from etils import epath
 from attn_cnn import cli, drawing, paths
 from attn_cnn.errors import Stopped, UserError, first_line
 from attn_cnn.figures import curves
-from attn_cnn.training.stopping import SIGNALS
+from attn_cnn.training import stopping
 from attn_cnn.training.workdir import CONFIG
 from benchmarks import results
 from benchmarks.experiments import EXPERIMENTS, Run, Variant
@@ -79,8 +78,7 @@ def run_to_its_end(command: list[str], log: epath.Path) -> int:
         if child is not None:
             child.send_signal(number)
 
-    heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-    former = {number: signal.signal(number, pass_on) for number in heard}
+    former = stopping.listen(pass_on)
     try:
         with log.open("a") as output:  # in a session of its own no signal of the terminal reaches the command twice
             child = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
@@ -88,8 +86,7 @@ def run_to_its_end(command: list[str], log: epath.Path) -> int:
             child.send_signal(number)
         status = child.wait()
     finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
+        stopping.restore(former)
     if came and status not in (0, -came[0], 128 + came[0]):
         raise UserError(f"stopped, but the run did not end in order; {log} says why.")
     if came:

@@ -1,6 +1,7 @@
 """Runs main.py as a user does, on a model small enough to test with."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -111,6 +112,13 @@ def scalars(workdir, tag):
 def newest_checkpoint(workdir):
     """The step of the newest whole one, or 0."""
     return max((int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()), default=0)
+
+
+def readme_cell(word):
+    """The one cell of Python in the README that has `word` in it."""
+    cells = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (cell,) = [cell for cell in cells if word in cell]
+    return cell
 
 
 def assert_same_bits(a, b):

@@ -1,6 +1,5 @@
 """What people build on: the package's few names, and a layer that works in anybody's model."""
 
-import re
 import subprocess
 import sys
 
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden import Golden, assert_close, small_model
-from program import ROOT, tiny_config
+from program import ROOT, readme_cell, tiny_config
 
 import attn_cnn
 from attn_cnn.encodings import ENCODINGS
@@ -23,25 +22,19 @@ def test_completion_offers_the_names_that_matter_and_each_is_documented():
         assert name in attn_cnn.__doc__ and getattr(attn_cnn, name).__doc__
 
 
-def cells_of_the_readme():
-    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-
-
 def test_the_layer_of_the_readme_returns_what_it_says():
-    (cell,) = [cell for cell in cells_of_the_readme() if "SelfAttention" in cell]
     names = {}
-    exec(cell, names)
+    exec(readme_cell("SelfAttention"), names)
     assert names["y"].shape == names["x"].shape
 
 
 @pytest.mark.slow
 def test_the_run_of_the_readme_is_trained_and_opened(tmp_path, monkeypatch):
-    (cell,) = [cell for cell in cells_of_the_readme() if "load_run" in cell]
     monkeypatch.chdir(tmp_path)
     of_scale = {"digits": tiny_config(epochs=1)}
     monkeypatch.setattr(quadratic, "get_config", of_scale.get)
     names = {}
-    exec(cell, names)
+    exec(readme_cell("load_run"), names)
     assert names["logits"].shape == (8, 10) and [layer.shape for layer in names["maps"]] == [(1, 9, 4, 4, 4, 4)]
 
 

@@ -321,4 +321,5 @@ def test_the_command_reports_anyones_maps(tmp_path):
     done = command(f"--maps={tmp_path / 'vit.npz'}")
     assert done.returncode == 0, done.stderr
     (head,) = [line.split() for line in done.stdout.splitlines() if line.split()[:1] == ["0"]]
-    assert head[:6] == ["0", "0,", "1", "1.000", "0.00,", "0.80"]  # a quarter of the queries look at themselves
+    # A quarter of the queries look at themselves.
+    assert head[:11] == ["0", "0,", "1", "1.000", "0.00,", "0.80", "0.00,", "0.40", "1x1", "2x2", "2x2"]

@@ -2,8 +2,6 @@
 
 import functools
 import inspect
-import re
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from program import readme_cell
 
 from attn_cnn.attention import ConvolutionalAttention, SelfAttention, check_window
 from attn_cnn.convolution import attention_from_convolution, convolution_from_attention
@@ -187,9 +186,7 @@ def test_a_grid_smaller_than_the_window_is_refused():
 
 
 def test_the_cell_in_the_readme_shows_equality():
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    cell = next(c for c in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "attention_from_convolution" in c)
-    *lines, last = filter(None, cell.splitlines())
+    *lines, last = filter(None, readme_cell("attention_from_convolution").splitlines())
     assert len(lines) == 4
     names = {}
     exec("\n".join(lines), names)

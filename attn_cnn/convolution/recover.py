@@ -29,9 +29,10 @@ from attn_cnn.convolution.replace import AROUND_QUERY, Cut
 from attn_cnn.convolution.theorem import kernels_by_shift, outside
 from attn_cnn.encodings import Encoding, encoding_class
 from attn_cnn.errors import UserError
+from attn_cnn.heads import measure
 from attn_cnn.heads.surgery import numbers_of_heads
 from attn_cnn.maps import Maps
-from attn_cnn.predict import accuracy, logits
+from attn_cnn.predict import accuracy, batches, logits
 from attn_cnn.training import augment, data
 from attn_cnn.training.dataset import Dataset
 from attn_cnn.training.experiment import precision_of
@@ -116,22 +117,9 @@ def maps_of_run(run: Run, images: UInt8[np.ndarray, "images height width channel
     if not encoding_class(run.config.model.encoding).needs_x:
         images = images[:1]
     maps = jax.jit(lambda params, batch: attention.attention_maps(run.model, params, batch))
-    size = run.config.eval_batch_size
-
-    def batches():
-        for start in range(0, len(images), size):
-            yield maps(run.params, augment.normalize(images[start : start + size], run.mean, run.std))
-
+    of_batches = (maps(run.params, augment.normalize(batch, run.mean, run.std)) for batch in batches(run, images))
     with precision_of(run.config):
-        return dict(zip(numbers, averages(batches()), strict=True))
-
-
-def encodings_of_run(run: Run, images: UInt8[np.ndarray, "images height width channels"]) -> dict[int, Encoding]:
-    """Returns the encoding of each attention layer of a run by the layer's number; any image will do."""
-    batch = augment.normalize(images[:1], run.mean, run.std)
-    with precision_of(run.config):
-        heads = jax.jit(lambda params: attention.heads_of_layers(run.model, params, batch))(run.params)
-    return {number: layer.encoding for number, layer in heads.items()}
+        return dict(zip(numbers, averages(of_batches), strict=True))
 
 
 def add_parameters(report: Report, encoding: Encoding) -> None:
@@ -169,14 +157,15 @@ def recover(run: Run, images: int, tune: epath.Path | None = None) -> Report:
     test = data.load_with_test_set(run.config.data)
     some = test.test_images[:images]
     reports = [report_of_layer(*of_layer) for of_layer in maps_of_run(run, some).items()]
-    encodings = encodings_of_run(run, some)
+    with precision_of(run.config):
+        encodings = measure.encodings(run.model, run.params, run.config.model.image_shape)
+        for report in reports:
+            add_parameters(report, encodings[report["layer"]])
     best: dict[int, list[Cut]] = {}
     shares: dict[int, list[float]] = {}
     around: dict[int, Cut | None] = {}
     for report in reports:
         number = report["layer"]
-        with precision_of(run.config):
-            add_parameters(report, encodings[number])
         value = run.params[f"layer_{number}"]["attention"]["value"]["kernel"]
         layer = Layer(report["kernels"], np.asarray(value))
         report["energy"] = layer.energy()
@@ -194,36 +183,36 @@ def recover(run: Run, images: int, tune: epath.Path | None = None) -> Report:
 
 def accuracies(run: Run, test: Dataset, cuts: dict[int, list[Cut]]) -> Report:
     """Returns the test accuracy of the network as it is, and with layers replaced, by the side of the windows."""
-    measure = _measure_replaced(run, test)
-    result: Report = {"as_trained": measure({}), "replaced": []}
+    measured = _measured_replaced(run, test)
+    result: Report = {"as_trained": measured({}), "replaced": []}
     for i, side in enumerate(SIDES):
         if any(i < len(best) for best in cuts.values()):
             of_side = {number: best[i] if i < len(best) else None for number, best in cuts.items()}
-            result["replaced"].append({"side": side} | _alone_and_all(of_side, measure))
+            result["replaced"].append({"side": side} | _alone_and_all(of_side, measured))
     return result
 
 
 def around_query_accuracies(run: Run, test: Dataset, around: dict[int, Cut | None], folder: epath.Path) -> Report:
     """Returns the test accuracy with windows around the query in the place of layers, before and after an epoch."""
 
-    def measure_tuned(replaced: dict[int, Cut]) -> float:
+    def measured_tuned(replaced: dict[int, Cut]) -> float:
         number, *others = replaced
         tuned = replace.tuned_run(run, replaced, folder / ("all" if others else f"layer_{number}"))
         return accuracy(logits(tuned, test.test_images), test.test_labels)
 
     return {
         "side": AROUND_QUERY.side,
-        "before": _alone_and_all(around, _measure_replaced(run, test)),
-        "after": _alone_and_all(around, measure_tuned),
+        "before": _alone_and_all(around, _measured_replaced(run, test)),
+        "after": _alone_and_all(around, measured_tuned),
     }
 
 
-def _measure_replaced(run: Run, test: Dataset) -> Measure:
+def _measured_replaced(run: Run, test: Dataset) -> Measure:
     return lambda replaced: accuracy(logits(run, test.test_images, replace.replacing(replaced)), test.test_labels)
 
 
-def _alone_and_all(cuts: dict[int, Cut | None], measure: Measure) -> Report:
+def _alone_and_all(cuts: dict[int, Cut | None], measured: Measure) -> Report:
     """Returns a measure with each layer replaced alone, and with all of them where all can be."""
     having = {number: cut for number, cut in cuts.items() if cut is not None}
-    alone = {str(number): measure({number: cut}) for number, cut in having.items()}
-    return {"alone": alone, "all": measure(having) if len(having) == len(cuts) else None}
+    alone = {str(number): measured({number: cut}) for number, cut in having.items()}
+    return {"alone": alone, "all": measured(having) if len(having) == len(cuts) else None}

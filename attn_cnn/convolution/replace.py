@@ -20,7 +20,7 @@ from attn_cnn import schema, train
 from attn_cnn.attention import SelfAttention, layer_number
 from attn_cnn.convolution.kernels import Window
 from attn_cnn.errors import UserError
-from attn_cnn.predict import Interceptor, network
+from attn_cnn.predict import Interceptor, batches, network
 from attn_cnn.training import workdir as workdir_lib
 from attn_cnn.training.experiment import create_experiment, precision_of, state_of
 from attn_cnn.training.runs import Run, load_run
@@ -92,12 +92,11 @@ def layer_errors(
     run: Run, cuts: Mapping[int, list[Cut]], images: UInt8[np.ndarray, "images height width channels"]
 ) -> dict[int, list[Errors]]:
     """Returns, for each layer and each of its cuts, the error of its output when it is given what reaches it there."""
-    size = run.config.eval_batch_size
     step = jax.jit(lambda variables, batch: _squares(run, cuts, variables, batch))
     with precision_of(run.config):
         squares = [
-            jax.tree.map(lambda a: np.asarray(a, np.float64), step(run.variables, images[start : start + size]))
-            for start in range(0, len(images), size)
+            jax.tree.map(lambda a: np.asarray(a, np.float64), step(run.variables, batch))
+            for batch in batches(run, images)
         ]
     totals = jax.tree.map(lambda *batches: sum(batches), *squares)
     return {

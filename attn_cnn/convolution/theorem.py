@@ -41,8 +41,7 @@ def attention_from_convolution(
     Args:
       kernel_hwio: the kernel, as `lax.conv_general_dilated` takes it with dimension numbers ("NHWC", "HWIO", "NHWC").
       bias: what the convolution adds to each channel; None: nothing.
-      spread: s_h of every head, in 1/pixels. At `EXACT_SPREAD` the layer equals the convolution to float32 rounding;
-        below, it differs by at most `error_bound`.
+      spread: s_h of every head, in 1/pixels; exact to float32 rounding at `EXACT_SPREAD`, below it to `error_bound`.
       stride: step from one output to the next, in pixels; the layer applies it, here it is checked.
       dilation: step from one pixel of the kernel to the next, in pixels.
       groups: number of groups that the channels are in; `inputs` are the channels in of one group.
@@ -52,7 +51,8 @@ def attention_from_convolution(
       UserError: there is no such convolution, or the spread is not above 0.
     """
     rows, columns, inputs, outputs = kernel_hwio.shape
-    _check((rows, columns), outputs, spread, stride, dilation, groups, padding)
+    check_window((rows, columns), stride, dilation, padding)
+    _check(outputs, groups, spread)
     by_group = jnp.asarray(kernel_hwio, jnp.float32).reshape(rows * columns, inputs, groups, outputs // groups)
     diagonal = by_group[:, None] * jnp.eye(groups)[:, None, :, None]  # channels of group f reach those of f alone
     return {
@@ -65,10 +65,7 @@ def attention_from_convolution(
     }
 
 
-def _check(
-    kernel_size: tuple[int, int], outputs: int, spread: float, stride: int, dilation: int, groups: int, padding: Padding
-) -> None:
-    check_window(kernel_size, stride, dilation, padding)
+def _check(outputs: int, groups: int, spread: float) -> None:
     if groups < 1 or outputs % groups:
         raise UserError(f"groups is {groups}, which does not divide the {outputs} channels out.")
     if not spread > 0:

@@ -34,12 +34,12 @@ from etils import epath
 from jaxtyping import Float, Shaped
 
 from attn_cnn import predict
-from attn_cnn.attention import LayerHeads, heads_of_layers
+from attn_cnn.attention import heads_of_layers
 from attn_cnn.encodings import Encoding, Quadratic
 from attn_cnn.errors import UserError
 from attn_cnn.explorer.network import Step
 from attn_cnn.heads import history as history_lib
-from attn_cnn.heads.measure import stacked
+from attn_cnn.heads import measure
 from attn_cnn.maps import Maps
 from attn_cnn.model import has_heads
 from attn_cnn.training import augment, data
@@ -213,11 +213,11 @@ def _gaussians(run: Run) -> dict[str, np.ndarray] | None:
     """Returns `center` and `precision` of a run's heads, as `stacked` has them, where all are Gaussians."""
     model = run.config.model
     with precision_of(run.config):
-        heads: dict[int, LayerHeads] = heads_of_layers(run.model, run.params, jnp.zeros((1, *model.image_shape)))
-        gaussians = {number: found for number, layer in heads.items() if (found := layer.encoding.gaussians())}
-    if not heads or len(gaussians) < len(heads):
+        encodings = measure.encodings(run.model, run.params, model.image_shape)
+        gaussians = {number: found for number, encoding in encodings.items() if (found := encoding.gaussians())}
+    if not encodings or len(gaussians) < len(encodings):
         return None
-    return stacked(
+    return measure.stacked(
         {number: {"center": center, "precision": precision} for number, (center, precision) in gaussians.items()},
         model.layers,
     )

@@ -215,8 +215,12 @@ def stacked(by_layer: Mapping[int, Mapping[str, Shaped[Array, "heads *shape"]]],
     return result
 
 
+def encodings(module: nn.Module, params: dict, image_shape: tuple[int, int, int]) -> dict[int, Encoding]:
+    """Returns the encoding of each attention layer that has heads, by the layer's number."""
+    layers = jax.jit(functools.partial(heads_of_layers, module))(params, jnp.zeros((1, *image_shape)))
+    return {number: layer.encoding for number, layer in layers.items()}
+
+
 def degenerate(module: nn.Module, params: dict, image_shape: tuple[int, int, int]) -> dict[int, dict[int, str]]:
     """Returns of each attention layer the heads that do nothing of use, each with the reason and the value."""
-    apply = jax.jit(functools.partial(heads_of_layers, module))
-    layers = apply(params, jnp.zeros((1, *image_shape)))
-    return {number: layer.encoding.degenerate() for number, layer in layers.items()}
+    return {number: encoding.degenerate() for number, encoding in encodings(module, params, image_shape).items()}

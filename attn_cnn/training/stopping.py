@@ -19,12 +19,27 @@ log = logging.getLogger("attn_cnn")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
+def listen(handle: Callable[[int, Any], None]) -> dict[signal.Signals, Any]:
+    """Lets `handle` take `SIGNALS`, and returns what took each before, for `restore`.
+
+    Python takes signals on the main thread only: called on another, it leaves them alone. Signals that are ignored, as
+    SIGHUP under nohup, stay so.
+    """
+    on_main_thread = threading.current_thread() is threading.main_thread()
+    heard = [number for number in SIGNALS if on_main_thread and signal.getsignal(number) is not signal.SIG_IGN]
+    return {number: signal.signal(number, handle) for number in heard}
+
+
+def restore(former: dict[signal.Signals, Any]) -> None:
+    """Gives signals back to what took them before `listen`."""
+    for number, handler in former.items():
+        signal.signal(number, handler)
+
+
 class Interrupt:
     """Listens for signals while entered: the first sets `signal`, a second one stops at once.
 
-    A second Ctrl-C raises KeyboardInterrupt, which a notebook survives; a second other signal ends the process. Python
-    takes signals on the main thread only: entered on another, it leaves them alone. Signals that are ignored, as SIGHUP
-    under nohup, stay so.
+    A second Ctrl-C raises KeyboardInterrupt, which a notebook survives; a second other signal ends the process.
     """
 
     def __init__(self) -> None:
@@ -32,15 +47,11 @@ class Interrupt:
         self._former: dict[signal.Signals, Any] = {}
 
     def __enter__(self):
-        on_main_thread = threading.current_thread() is threading.main_thread()
-        for number in SIGNALS if on_main_thread else ():
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                self._former[number] = signal.signal(number, self._receive)
+        self._former = listen(self._receive)
         return self
 
     def __exit__(self, *_):
-        for number, handler in self._former.items():
-            signal.signal(number, handler)
+        restore(self._former)
 
     def _receive(self, number, _):
         self.signal = number
