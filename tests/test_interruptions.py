@@ -116,6 +116,17 @@ except KeyboardInterrupt:
     assert not [path for path in (tmp_path / "run" / "checkpoints").iterdir() if "tmp" in path.name]
 
 
+def test_a_signal_that_comes_twice_is_one(caplog):
+    caplog.set_level("INFO", "attn_cnn")
+    with Interrupt() as interrupt:
+        signal.raise_signal(signal.SIGUSR1)
+        signal.raise_signal(signal.SIGUSR1)
+        signal.raise_signal(signal.SIGTERM)
+        assert interrupt.signal == signal.SIGUSR1 and caplog.text.count("saving, then stopping") == 1
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
 def test_signals_that_are_ignored_stay_so():
     former = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:

@@ -37,9 +37,10 @@ def restore(former: dict[signal.Signals, Any]) -> None:
 
 
 class Interrupt:
-    """Listens for signals while entered: the first sets `signal`, a second one stops at once.
+    """Listens for signals while entered: the first sets `signal`, and a Ctrl-C after it stops at once.
 
-    A second Ctrl-C raises KeyboardInterrupt, which a notebook survives; a second other signal ends the process.
+    That Ctrl-C raises KeyboardInterrupt, which a notebook survives. Any other later signal changes nothing: Slurm's
+    reaches a run twice where its parent passes it on, too.
     """
 
     def __init__(self) -> None:
@@ -54,9 +55,11 @@ class Interrupt:
         restore(self._former)
 
     def _receive(self, number, _):
+        if self.signal:
+            return
         self.signal = number
-        for former in self._former:
-            signal.signal(former, signal.default_int_handler if former == signal.SIGINT else signal.SIG_DFL)
+        if signal.SIGINT in self._former:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         log.info("%s: saving, then stopping.", signal.Signals(number).name)
 
 
