@@ -1,9 +1,11 @@
 """Paths as people, sweeps and schedulers write them, files there, and the folder for what can be made again."""
 
+import contextlib
 import os
 import re
 import sys
 import tempfile
+import uuid
 
 from etils import epath
 
@@ -44,15 +46,19 @@ def file_errors(*others: type[Exception]) -> tuple[type[Exception], ...]:
 
 
 def write(path: epath.Path, content: bytes) -> None:
-    """Writes a file, whose folder is made.
+    """Writes a file, whose folder is made, whole or not at all.
 
     Raises:
-      UserError: it cannot be written.
+      UserError: it cannot be written; a file that was there before is as it was.
     """
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+        temporary.write_bytes(content)
+        temporary.replace(path)
     except file_errors() as error:
+        with contextlib.suppress(*file_errors()):
+            temporary.unlink(missing_ok=True)
         raise UserError(f"{path} cannot be written: {first_line(error)}") from None
 
 

@@ -57,7 +57,7 @@ def train(run: Run, folder: epath.Path) -> str:
     print(f"{run.name} ...", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     if run.start and not workdir.exists():
-        results.write_whole(results.start_file(workdir), (run.start.workdir(folder) / CONFIG).read_bytes())
+        paths.write(results.start_file(workdir), (run.start.workdir(folder) / CONFIG).read_bytes())
     log = workdir.with_name(f"{run.name}.log")
     failed = run_to_its_end(run.command(folder), log)
     return f"{run.name}: {(log.read_text().splitlines() or ['no output'])[-1]}" if failed else ""
@@ -178,7 +178,7 @@ def page_around(path: epath.Path) -> tuple[str, str]:
 def write(path: epath.Path, text: str) -> None:
     """Puts the text between the marks in the page at `path`, or makes the page."""
     before, after = page_around(path)
-    results.write_whole(path, f"{before}{BEGIN}\n{text}\n{END}{after}".encode())
+    paths.write(path, f"{before}{BEGIN}\n{text}\n{END}{after}".encode())
 
 
 def write_results(rows: dict[Variant, list[Result]], out: epath.Path) -> None:

@@ -5,7 +5,6 @@ several days and machines come into one page. That all of them had the same copy
 """
 
 import json
-import os
 from typing import Any, NamedTuple
 
 import ml_collections
@@ -161,20 +160,4 @@ def write_record(path: epath.Path, results: dict[Run, Result]) -> None:
         {"run": run.variant._asdict() | {"seed": run.seed}} | found._asdict()
         for run, found in sorted(results.items(), key=lambda entry: entry[0].name)
     ]
-    write_whole(path, ("[\n" + ",\n".join(map(json.dumps, entries)) + "\n]\n").encode())
-
-
-def write_whole(path: epath.Path, content: bytes) -> None:
-    """Writes a file in the place of the one that is there, whole or not at all.
-
-    Raises:
-      UserError: it cannot be written.
-    """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.new")
-    try:
-        paths.write(temporary, content)
-        temporary.replace(path)
-    except paths.file_errors() as error:
-        raise UserError(f"{path} cannot be written: {first_line(error)}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    paths.write(path, ("[\n" + ",\n".join(map(json.dumps, entries)) + "\n]\n").encode())

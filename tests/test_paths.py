@@ -55,3 +55,18 @@ def test_what_a_bucket_refuses_is_said_as_what_a_disk_refuses(tmp_path, monkeypa
     monkeypatch.setattr(type(path), "write_bytes", refuse)
     with pytest.raises(UserError, match="figure.png cannot be written: .*a read-only bucket"):
         paths.write(path, b"")
+
+
+def test_a_file_that_cannot_be_written_whole_is_as_it_was(tmp_path, monkeypatch):
+    path = epath.Path(tmp_path) / "page.html"
+    paths.write(path, b"before")
+    write = type(path).write_bytes
+
+    def full(self, content):
+        write(self, content[:2])
+        raise OSError("no space left")
+
+    monkeypatch.setattr(type(path), "write_bytes", full)
+    with pytest.raises(UserError, match="page.html cannot be written: no space left"):
+        paths.write(path, b"after")
+    assert path.read_bytes() == b"before" and [each.name for each in tmp_path.iterdir()] == ["page.html"]

@@ -30,8 +30,8 @@ CHECKPOINTS = "checkpoints"
 SURGERY = "heads.json"  # the heads that remain of those in config.json, where some were pruned or reset
 
 # Fields that may differ when a run resumes: they change no result, but for micro_batch_size, which, like the number of
-# devices, changes what dropout draws.
-HARMLESS = frozenset(
+# devices, changes rounding and what dropout draws.
+MAY_DIFFER = frozenset(
     {
         "data.dir",
         "checkpoint.keep",
@@ -185,13 +185,7 @@ def write_spec(workdir: epath.Path, spec: Spec) -> None:
     Raises:
       UserError: it cannot be written.
     """
-    temporary = workdir / f"{DATA}.{uuid.uuid4().hex}"
-    try:
-        temporary.write_text(spec.to_json())
-        temporary.replace(workdir / DATA)
-    except paths.file_errors() as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{workdir / DATA} cannot be written: {first_line(error)}") from None
+    paths.write(workdir / DATA, spec.to_json().encode())
 
 
 def read_spec(workdir: epath.Path) -> Spec | None:
@@ -264,16 +258,13 @@ def write_surgery(surgery: Surgery | None, workdir: epath.Path) -> None:
       UserError: it cannot be written.
     """
     path = workdir / SURGERY
+    if surgery is not None:
+        paths.write(path, (json.dumps(surgery._asdict()) + "\n").encode())
+        return
     try:
-        if surgery is None:
-            path.unlink(missing_ok=True)
-            return
-        workdir.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{SURGERY}.writing")
-        temporary.write_text(json.dumps(surgery._asdict()) + "\n")
-        temporary.replace(path)
+        path.unlink(missing_ok=True)
     except paths.file_errors() as error:
-        raise UserError(f"{path} cannot be written: {first_line(error)}") from None
+        raise UserError(f"{path} cannot be removed: {first_line(error)}") from None
 
 
 def differences(
@@ -281,10 +272,10 @@ def differences(
 ) -> list[str]:
     """Returns the fields (beginning with one of `only`) in which two configs differ, as lines to read.
 
-    Fields that cannot change the results are no difference, nor is where files of data lie.
+    Those of `MAY_DIFFER` are left out, and so is where files of data lie.
     """
     a, b = (_without_place(schema.flatten(config)) for config in (ours, theirs))
-    names = sorted(n for n in (set(a) | set(b)) - HARMLESS if n.startswith(only))
+    names = sorted(n for n in (set(a) | set(b)) - MAY_DIFFER if n.startswith(only))
     return [f"{n}: {b.get(n)!r} then, {a.get(n)!r} now" for n in names if a.get(n) != b.get(n)]
 
 
