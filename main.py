@@ -14,18 +14,15 @@ flags.DEFINE_enum("mode", "train", ["train", "evaluate", "describe", "predict"],
 flags.DEFINE_list("images", [], "Pictures for --mode=predict, or patterns as in pictures/*.png.")
 cli.define_step()
 
-GOES_WITH = {"profile": ("train",), "images": ("predict",), "step": ("evaluate", "predict")}
-
-
-@flags.multi_flags_validator(["mode", *GOES_WITH], message="")
-def modes_take_their_flags(values):
-    for name, modes in GOES_WITH.items():
-        if values[name] != FLAGS[name].default and values["mode"] not in modes:
-            raise flags.ValidationError(f"--{name} goes with --mode={' or --mode='.join(modes)} alone.")
-    return True
+GOES_WITH = {
+    "profile": ("--mode=train",),
+    "images": ("--mode=predict",),
+    "step": ("--mode=evaluate", "--mode=predict"),
+}
 
 
 def main(_):
+    cli.check_goes_with(f"--mode={FLAGS.mode}", GOES_WITH)
     from attn_cnn import predict, report, train  # not needed to find a mistake in the flags
     from attn_cnn.training import cluster, experiment, runs
     from attn_cnn.training.workdir import open_workdir

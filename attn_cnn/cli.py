@@ -11,7 +11,7 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
 from absl import app, flags
@@ -83,6 +83,41 @@ def step() -> int | str:
     if not value.isdigit():
         raise UserError(f"--step is {value!r}; it must be newest, best, or the step of a checkpoint.")
     return int(value)
+
+
+def check_command(chosen: str, commands: Sequence[str], goes_with: Mapping[str, Sequence[str]]) -> None:
+    """Raises UserError if `chosen` is none of the `commands`, or a flag was given that does not go with it."""
+    if chosen not in commands:
+        raise UserError(f"{chosen!r} is no command; the commands are {', '.join(commands)}.")
+    check_goes_with(chosen, goes_with)
+
+
+def check_goes_with(chosen: str, goes_with: Mapping[str, Sequence[str]]) -> None:
+    """Raises UserError if a flag was given that goes with other commands than the `chosen` one.
+
+    Args:
+      chosen: the command, as it is written.
+      goes_with: the commands that a flag goes with, by its name; a flag that is not named goes with all.
+    """
+    for name, takers in goes_with.items():
+        if chosen not in takers:
+            refuse((name,), f"goes with {' or '.join(takers)}, not with {chosen}")
+
+
+def check_source(reader: str, of_runs: Iterable[str]) -> None:
+    """Raises UserError unless just one of --workdir and --maps was given, or a flag that --maps does not go with was.
+
+    Args:
+      reader: what reads it, for the message, as in "report".
+      of_runs: names of the flags that go with --workdir alone.
+    """
+    of_run, of_file = bool(flags.FLAGS.workdir), flags.FLAGS.maps is not None
+    if not of_run and not of_file:
+        raise UserError(f"{reader} needs --workdir=RUN, or --maps=FILE in its place.")
+    if of_run and of_file:
+        raise UserError(f"{reader} is of --workdir or of --maps, and both are given; leave one of them out.")
+    if of_file:
+        refuse(of_runs, "goes with --workdir, not with --maps")
 
 
 def refuse(names: Iterable[str], reason: str) -> None:

@@ -99,8 +99,9 @@ def _layers(path: epath.Path, arrays: dict[str, np.ndarray]) -> tuple[str, dict[
     if form in arrays:
         if len(arrays) > 1:
             raise UserError(f"{path} holds {' and '.join(sorted(arrays))}; leave {form} out, or the others.")
-        if arrays[form].ndim == 0:
-            raise UserError(f"{form} in {path} has shape (); it must be (layers, {AXES[form]}).")
+        if 0 in (arrays[form].ndim, *arrays[form].shape[:1]):
+            shape = arrays[form].shape
+            raise UserError(f"{form} in {path} has shape {shape}; it must be (layers, {AXES[form]}), none of them 0.")
         return form, {f"layer {number} of {form}": layer for number, layer in enumerate(arrays[form])}
     by_number = {int(name.partition("_")[2]): name for name in arrays}
     numbers = sorted(by_number)
@@ -145,6 +146,9 @@ def _checked_prefix(path: epath.Path, prefix: np.ndarray) -> int:
 
 
 def _checked_images(path: epath.Path, images: np.ndarray | None, layers: list[np.ndarray]) -> np.ndarray | None:
+    counts = sorted({len(layer) for layer in layers} - {1})
+    if len(counts) > 1:
+        raise UserError(f"{path} has layers with maps of {counts[0]} and of {counts[1]} images; give all the same.")
     if images is None:
         return None
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):

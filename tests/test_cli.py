@@ -22,7 +22,7 @@ MISTAKES = {
     "mode": (["--config=configs/quadratic.py", "--mode=fly"], "train|evaluate|describe"),
     "profile": (
         ["--config=configs/quadratic.py", "--mode=describe", "--profile"],
-        "--profile goes with --mode=train alone",
+        "--profile goes with --mode=train, not with --mode=describe",
     ),
     "none": ([], "--config must have a value"),
     "dashes": (["--config=configs/quadratic.py:digits", "config.epochs=1"], "write --config.epochs=1"),
@@ -42,8 +42,14 @@ MISTAKES = {
         ["--config=configs/quadratic.py:digits", "--mode=evaluate", "--workdir=runs", "--step=last"],
         "--step is 'last'; it must be newest, best, or the step of a checkpoint",
     ),
-    "step of training": (["--config=configs/quadratic.py:digits", "--step=3"], "--step goes with --mode=evaluate"),
-    "images of training": (["--config=configs/quadratic.py:digits", "--images=a.png"], "goes with --mode=predict"),
+    "step of training": (
+        ["--config=configs/quadratic.py:digits", "--step=3"],
+        "--step goes with --mode=evaluate or --mode=predict, not with",
+    ),
+    "images of training": (
+        ["--config=configs/quadratic.py:digits", "--images=a.png"],
+        "--images goes with --mode=predict, not with --mode=train",
+    ),
     "nothing to evaluate": (
         ["--config=configs/quadratic.py:digits", "--mode=evaluate", "--workdir=/nonexistent/run"],
         "holds no run; train one first",

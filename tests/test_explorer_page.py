@@ -787,7 +787,8 @@ def test_the_command_writes_a_page_and_says_how_large_it_is(quadratic_run, tmp_p
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "name runs, as in --workdir"),
+        ([], "the page needs --workdir=RUN, or --maps=FILE in its place"),
+        (["--workdir=run", "--maps=maps.npz"], "both are given; leave one of them out"),
         (["--maps=nothing.npz"], "nothing.npz does not exist"),
         (["--maps=nothing.npz", "--weights"], "--weights goes with --workdir"),
         (["--workdir=nowhere"], "holds no run"),

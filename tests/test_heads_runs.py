@@ -269,11 +269,11 @@ def test_heads_that_the_run_does_not_have_are_answered_with_those_that_there_are
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("paint",), "'paint' is not understood; write report or prune"),
-        (("report", "--heads=0:1"), "--heads goes with prune alone"),
+        (("paint",), "'paint' is no command; the commands are report, prune"),
+        (("report", "--heads=0:1"), "--heads goes with prune, not with report"),
         (("prune", "--heads=0:1"), "prune needs a workdir to make"),
-        (("prune", "--json", "--heads=0:1"), "--json goes with report alone"),
-        (("report", "--maps=x"), "report needs --workdir=RUN, or --maps=FILE in its place"),
+        (("prune", "--json", "--heads=0:1"), "--json goes with report, not with prune"),
+        (("report", "--maps=x"), "report is of --workdir or of --maps, and both are given"),
     ],
 )
 def test_what_the_command_does_not_understand_is_said(arguments, message):

@@ -105,6 +105,8 @@ PROBLEMS = {
     "a layer twice": ({"maps_0": GRID, "maps_00": GRID}, "holds layers 0; number them from 0"),
     "integers": ({"maps": np.ones((1, 1, 1, 1, 1, 1), int)}, "layer 0 of maps in .* holds int64"),
     "no numbers": ({"maps_0": np.ones((0, 1, 2, 2, 2, 2))}, r"shape \(0, 1, 2, 2, 2, 2\); it must .* none of them 0"),
+    "no layers": ({"maps": np.ones((0, 1, 2, 2, 2, 2))}, r"shape \(0, 1, 2, 2, 2, 2\); it must be \(layers, "),
+    "several images": ({"maps_0": GRID, "maps_1": np.concatenate([GRID, GRID])[:3]}, "maps of 2 and of 3 images"),
     "axes": ({"maps_0": np.ones((3, 2, 2))}, r"has shape \(3, 2, 2\); it must be \(\[images,\] heads, H, W, H, W\)"),
     "two grids": ({"maps_0": np.ones((1, 2, 2, 2, 3)) / 6}, r"shape \(1, 2, 2, 2, 3\); it must be"),
     "no grid": ({"attentions": TOKENS}, r"holds attentions, but no grid; add grid=\(H, W\)"),

@@ -41,15 +41,11 @@ def define_flags() -> None:
 
 def check_flags(command: str) -> None:
     """Raises UserError if a flag is missing or is one that the command ignores."""
-    if command not in COMMANDS:
-        raise UserError(f"{command!r} is no command; the commands are {', '.join(COMMANDS)}.")
-    for name, commands in GOES_WITH.items():
-        if command not in commands:
-            cli.refuse((name,), f"goes with {' or '.join(commands)}, not with {command}")
-    if (FLAGS.workdir is None) == (FLAGS.maps is None):
-        raise UserError(f"{command} needs --workdir=RUN{', or --maps=FILE in its place' * (command == 'recover')}.")
-    if FLAGS.maps is not None:
-        cli.refuse(("step", "images", "tune"), "goes with --workdir, not with --maps")
+    cli.check_command(command, COMMANDS, GOES_WITH)
+    if command == "recover":
+        cli.check_source(command, of_runs=("step", "images", "tune"))
+    elif not FLAGS.workdir:
+        raise UserError(f"{command} needs --workdir=RUN.")
     if FLAGS.out is None and (command == "express" or FLAGS.tune):
         example = "runs/resnet18_attention" if command == "express" else "reports/quadratic_small"
         raise UserError(f"--out is missing; name a folder to make, as in --out={example}.")
@@ -97,7 +93,7 @@ def main(argv):
 def command() -> None:
     """Runs this command from a terminal."""
     define_flags()
-    cli.run(main, arguments=("COMMAND",), config=False)
+    cli.run(main, arguments=("express, recover or moves",), config=False)
 
 
 if __name__ == "__main__":

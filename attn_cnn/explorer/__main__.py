@@ -10,7 +10,6 @@ from absl import flags
 from etils import epath
 
 from attn_cnn import cli, paths
-from attn_cnn.errors import UserError
 
 
 def write(text: str, path: epath.Path) -> None:
@@ -40,14 +39,11 @@ def server(text: str) -> http.server.ThreadingHTTPServer:
 
 def main(_):
     given = flags.FLAGS
-    if bool(given.workdir) == bool(given.maps):
-        raise UserError("name runs, as in --workdir=runs/quadratic_digits, or a file of maps, as in --maps=maps.npz.")
-    if given.maps:
-        cli.refuse(("weights", "step"), "goes with --workdir, not with --maps")
+    cli.check_source("the page", of_runs=("weights", "step"))
     step = cli.step()
     from attn_cnn.explorer import page  # slow to load, and not needed to find a mistake in the flags
 
-    if given.maps:
+    if given.maps is not None:
         text = page.of_maps(given.maps, given.images)
     else:
         text = page.of_runs(given.workdir, given.images, given.weights, step)

@@ -54,14 +54,11 @@ def define_flags() -> None:
 
 def check_flags() -> None:
     """Raises UserError if flags are missing, unknown, or contradict each other."""
-    if bool(FLAGS.workdir) == (FLAGS.maps is not None):
-        raise UserError("figures need --workdir=RUN, once or more, or --maps=FILE in its place.")
+    cli.check_source("a figure", of_runs=("step",))
     if unknown := [name for name in FLAGS.figures if name not in FIGURES]:
         raise UserError(f"--figures names {unknown[0]!r}; the figures are {', '.join(FIGURES)}.")
-    if FLAGS.maps is not None:
-        cli.refuse(("step",), "goes with --workdir, not with --maps")
-        if of_runs := [name for name in FLAGS.figures if name in OF_RUNS]:
-            raise UserError(f"--figures names {of_runs[0]}, which goes with --workdir, not with --maps.")
+    if FLAGS.maps is not None and (of_runs := [name for name in FLAGS.figures if name in OF_RUNS]):
+        raise UserError(f"--figures names {of_runs[0]}, which goes with --workdir, not with --maps.")
 
 
 def parse_queries(words: list[str], grid: tuple[int, int]) -> list[Query]:

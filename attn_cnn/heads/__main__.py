@@ -21,7 +21,8 @@ from attn_cnn.heads import report as report_lib
 from attn_cnn.training.runs import load_run
 
 FLAGS = flags.FLAGS
-GOES_WITH = {"report": ("json", "maps"), "prune": ("out", "heads")}
+COMMANDS = ("report", "prune")
+GOES_WITH = {"json": ("report",), "maps": ("report",), "out": ("prune",), "heads": ("prune",)}
 
 
 def define_flags() -> None:
@@ -36,15 +37,11 @@ def define_flags() -> None:
 
 def check_flags(command: str) -> None:
     """Raises UserError if a flag is missing or is one that the command ignores."""
-    if command not in GOES_WITH:
-        raise UserError(f"{command!r} is not understood; write report or prune.")
-    for other, names in GOES_WITH.items():
-        if command != other:
-            cli.refuse(names, f"goes with {other} alone")
-    if (FLAGS.workdir is None) == (FLAGS.maps is None):
-        raise UserError(f"{command} needs --workdir=RUN{', or --maps=FILE in its place' * (command == 'report')}.")
-    if FLAGS.maps is not None:
-        cli.refuse(("step",), "goes with --workdir, not with --maps")
+    cli.check_command(command, COMMANDS, GOES_WITH)
+    if command == "report":
+        cli.check_source(command, of_runs=("step",))
+    elif not FLAGS.workdir:
+        raise UserError(f"{command} needs --workdir=RUN.")
     if FLAGS.out is None and command == "prune":
         raise UserError("prune needs a workdir to make, as in --out=runs/pruned.")
 

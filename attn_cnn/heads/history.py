@@ -92,7 +92,7 @@ def read(workdir: epath.PathLike) -> dict[str, np.ndarray]:
     Raises:
       UserError: there are none, or they are damaged.
     """
-    path = epath.Path(workdir) / NAME
+    path = paths.resolve(workdir, "the workdir") / NAME
     if not path.exists():
         raise UserError(f"{path} does not exist: the run has no heads, or has finished no epoch with this version.")
     try:

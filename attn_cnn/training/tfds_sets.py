@@ -46,7 +46,7 @@ def _newest(folder: epath.Path) -> epath.Path | None:
             return None
         versions = [v for v in folder.iterdir() if (v / "dataset_info.json").exists()]
     except paths.file_errors() as error:
-        raise UserError(f"cannot read {folder}: {error}") from None
+        raise UserError(f"{folder} cannot be read: {first_line(error)}") from None
     return max(versions, key=_version, default=None)
 
 
@@ -84,7 +84,7 @@ def _prepare(name: str, root: epath.Path) -> epath.Path:
         try:
             builder.download_and_prepare()
         except Exception as error:  # of the network, the disk or the archive, each with types of its own
-            raise UserError(f"{name} cannot be downloaded to {root}: {error}") from None
+            raise UserError(f"{name} cannot be downloaded to {root}: {first_line(error)}") from None
     return folder
 
 
@@ -153,6 +153,8 @@ def _decode(prepared: epath.Path, splits: tuple[str, str]) -> Dataset:
             ) from None
         try:
             parts += _read(builder, split, keys)
+        except UserError:
+            raise
         except Exception as error:  # each file format raises types of its own, one for each kind of damage
             raise UserError(f"the data set in {prepared} cannot be read: {first_line(error)} {ANEW}") from None
         if len(parts[-1]) != examples:
