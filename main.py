@@ -34,7 +34,7 @@ def main(_):
     elif FLAGS.mode == "evaluate":
         train.evaluate(FLAGS.config, workdir, cli.step())
     elif FLAGS.mode == "predict":
-        train.check_same_model(experiment.checked(FLAGS.config), open_workdir(workdir), only=("model.",))
+        train.check_same_run(experiment.checked(FLAGS.config), open_workdir(workdir), only=("model.",))
         files = predict.find_pictures(FLAGS.images)
         print(predict.describe(runs.load_run(workdir, cli.step()), files))
     else:

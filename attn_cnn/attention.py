@@ -8,7 +8,7 @@ layer that Theorem 1 puts in a convolution's place.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax
@@ -20,7 +20,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from attn_cnn import schema
-from attn_cnn.encodings import FIELDS, Encoding, Parts, Quadratic, encoding_class, window
+from attn_cnn.encodings import FIELDS, Encoding, Parts, Quadratic, encoding_class, in_config, window
 from attn_cnn.errors import UserError
 from attn_cnn.layers import Bias, Linear, LinearMap
 from attn_cnn.mixing import Device, Factors, Fixed, Probabilities, attend_in_blocks, choose_blocks, this_device
@@ -33,26 +33,43 @@ WORDS = {  # attributes of SelfAttention that are one of some words
     "mixing": FORMS,
     "dropout_on": DROPPED,
 }
+OF_ENCODING = {  # attributes of SelfAttention that some encodings read, by what config.model calls them
+    "embedding_size": "embedding_size",
+    "init": "start",
+    "init_spread": "init_spread",
+    "content_init": "content_start",
+}
+IN_LAYER = {field: f"SelfAttention.{attribute}" for field, attribute in OF_ENCODING.items()} | {
+    "hidden_size": "the number of features",
+    "mixing": "SelfAttention.mixing",
+    "attention_dropout": "SelfAttention.dropout",
+    "attention_dropout_on": "SelfAttention.dropout_on",
+}  # what messages call the fields of config.model
 
 Padding = str | tuple[tuple[int, int], tuple[int, int]]  # "SAME", "VALID", or ((top, bottom), (left, right))
 
 
-def check_form(encoding: type[Encoding], mixing: str, dropout: float, dropout_on: str) -> None:
-    """Raises UserError if the encoding's probabilities have no factors where `mixing` or `dropout_on` asks for them."""
+def check_form(
+    encoding: type[Encoding], mixing: str, dropout: float, dropout_on: str, called: Callable[[str], str] = in_config
+) -> None:
+    """Raises UserError if the encoding's probabilities have no factors where `mixing` or `dropout_on` asks for them.
+
+    A message calls a field of `config.model` as `called` does.
+    """
     if mixing == "factored" and not encoding.separable:
         raise UserError(
-            f"config.model.mixing is factored, but the {encoding.name} score is no sum of a row and a column term, so "
-            "its softmax has no factors; set mixing to auto or dense."
+            f"{called('mixing')} is factored, but the {encoding.name} score is no sum of a row and a column term, so "
+            "its softmax has no factors; set it to auto or dense."
         )
     if mixing == "factored" and dropout and dropout_on == "probabilities":
+        rate, on = called("attention_dropout"), called("attention_dropout_on")
         raise UserError(
-            "config.model.mixing is factored, but dropout on the probabilities (config.model.attention_dropout is "
-            f"{dropout}) breaks the product of factors; set attention_dropout to 0, attention_dropout_on to factors, "
-            "or mixing to auto."
+            f"{called('mixing')} is factored, but dropout on the probabilities ({rate} is {dropout}) breaks the "
+            f"product of factors; set it to auto, {rate} to 0, or {on} to factors."
         )
     if dropout_on == "factors" and not encoding.separable:
         raise UserError(
-            f"config.model.attention_dropout_on is factors, but the {encoding.name} encoding has none; "
+            f"{called('attention_dropout_on')} is factors, but the {encoding.name} encoding has none; "
             "set it to probabilities."
         )
 
@@ -144,15 +161,12 @@ class SelfAttention(nn.Module):
           train: whether to drop probabilities, with the random stream "dropout".
 
         Raises:
-          UserError: there is no such encoding, start or form, they contradict each other, or the grid is larger than
-            learned tables cover.
+          UserError: there is no such encoding, start or form, they contradict each other, the grid is larger than
+            learned tables cover, or its features are odd where a query is halved.
         """
-        schema.check({name: getattr(self, name) for name in WORDS}, WORDS, "SelfAttention.")
         batch, height, width, features = x.shape
         x = x.astype(self.dtype)
-        encoding_type = encoding_class(self.encoding)
-        check_form(encoding_type, self.mixing, self.dropout, self.dropout_on)
-        encoding_type.check_grid(height, width, self.max_side)
+        encoding_type = self._checked_encoding(height, width, features)
         if not self.heads:
             return self._bias_alone(x, then)
 
@@ -166,6 +180,16 @@ class SelfAttention(nn.Module):
 
         y = self._attend(encoding, x, value.kernel, drop=train and self.dropout > 0) + value.bias
         return (then(y.astype(self.dtype)) if then is not None else y).astype(self.dtype)
+
+    def _checked_encoding(self, height: int, width: int, features: int) -> type[Encoding]:
+        """Returns the encoding, once it goes with the other attributes and with grids of this shape."""
+        schema.check({name: getattr(self, name) for name in WORDS}, WORDS, "SelfAttention.")
+        encoding = encoding_class(self.encoding)
+        check_form(encoding, self.mixing, self.dropout, self.dropout_on, IN_LAYER.__getitem__)
+        encoding.check_reads({field: getattr(self, name) for field, name in OF_ENCODING.items()}, IN_LAYER.__getitem__)
+        encoding.check_width(features, self.embedding_size, IN_LAYER.__getitem__)
+        encoding.check_grid(height, width, self.max_side)
+        return encoding
 
     def _attend(self, encoding: Encoding, x: Array, kernel: Array, drop: bool) -> Array:
         """Returns sum_h A_h x W_h."""

@@ -46,10 +46,12 @@ def run(main: Callable, arguments: tuple[str, ...] = (), config: bool = True) ->
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0]
         if "RESOURCE_EXHAUSTED" in reason:
-            sys.exit(
-                "error: out of memory; set config.micro_batch_size to a part of the batch (for a ResNet, lower "
-                f"config.batch_size), or lower config.eval_batch_size if it was an evaluation. {reason}"
+            advice = (
+                "set config.micro_batch_size to a part of the batch (for a ResNet, lower config.batch_size), or lower "
+                "config.eval_batch_size if it was an evaluation"
             )
+            otherwise = "use a device with more, or the CPU (JAX_PLATFORMS=cpu)"
+            sys.exit(f"error: out of memory; {advice if config else otherwise}. {reason}")
         if jax.process_count() == 1:
             raise
         print(f"error: a host or device is lost; start all again, and the run resumes. {reason}", file=sys.stderr)

@@ -9,6 +9,7 @@ A new encoding is a subclass with a name; everything else finds it by that name 
 """
 
 import math
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
@@ -39,6 +40,11 @@ FIELDS = {
     "init_spread": schema.number(0, 1e6, default=2**0.5),
     "content_init": schema.choice("random", "mimetic", default="random"),
 }
+
+
+def in_config(field: str) -> str:
+    """Returns what messages call a field of `config.model`."""
+    return f"config.model.{field}"
 
 
 def shifts(height: int, width: int) -> tuple[Int[Array, "{height} 1 {height} 1"], Int[Array, "1 {width} 1 {width}"]]:
@@ -111,12 +117,26 @@ class Encoding(struct.PyTreeNode):
     @classmethod
     def check(cls, model: ml_collections.ConfigDict) -> None:
         """Raises UserError if a field of `config.model` is one that this encoding ignores or cannot use."""
-        for name, field in FIELDS.items():
-            if name not in cls.reads and model[name] != field.default:
+        cls.check_reads({name: model[name] for name in FIELDS}, in_config)
+
+    @classmethod
+    def check_reads(cls, values: Mapping[str, Any], called: Callable[[str], str]) -> None:
+        """Raises UserError if one of `FIELDS` has a value that this encoding ignores.
+
+        Args:
+          values: values of some of them; the others have their defaults.
+          called: what a message calls a field.
+        """
+        for name, value in values.items():
+            if name not in cls.reads and value != FIELDS[name].default:
                 raise UserError(
-                    f"config.model.{name} is {model[name]}, which the {cls.name} encoding ignores; "
-                    f"set it to {field.default}."
+                    f"{called(name)} is {value}, which the {cls.name} encoding ignores; "
+                    f"set it to {FIELDS[name].default}."
                 )
+
+    @classmethod
+    def check_width(cls, features: int, embedding_size: int, called: Callable[[str], str]) -> None:
+        """Raises UserError if the encoding has no scores for so many features; `called` is that of `check_reads`."""
 
     @classmethod
     def check_grid(cls, height: int, width: int, max_side: int) -> None:
@@ -251,15 +271,20 @@ class CenteredEncoding(Encoding):
     def check(cls, model: ml_collections.ConfigDict) -> None:
         """Raises UserError if the heads cannot start on a square window, or a field is ignored."""
         super().check(model)
-        if model.init == "random" and model.init_spread != FIELDS["init_spread"].default:
-            raise UserError(
-                f"config.model.init_spread is {model.init_spread}, which a random start ignores; "
-                "set config.model.init to grid or impulse."
-            )
         if model.init != "grid":
             return
         for heads in schema.for_each_layer(model.heads, model.layers):
             check_square(heads, "config.model.init is grid", "config.model.heads is")
+
+    @classmethod
+    def check_reads(cls, values: Mapping[str, Any], called: Callable[[str], str]) -> None:
+        """Raises UserError if a field has a value that the encoding, or a random start, ignores."""
+        super().check_reads(values, called)
+        if values["init"] == "random" and values["init_spread"] != FIELDS["init_spread"].default:
+            raise UserError(
+                f"{called('init_spread')} is {values['init_spread']}, which a random start ignores; "
+                f"set {called('init')} to grid or impulse."
+            )
 
 
 class Quadratic(CenteredEncoding, name="quadratic"):
@@ -486,16 +511,20 @@ class QueryEncoding(LearnedEncoding):
         """Raises UserError if a query cannot be halved or the tables are not as wide as its halves."""
         super().check(model)
         for size in schema.for_each_layer(model.hidden_size, model.layers):
-            if size % 2:
-                raise UserError(
-                    f"config.model.hidden_size is {model.hidden_size}; the {cls.name} encoding halves each query, "
-                    "so it must be even."
-                )
-            if model.embedding_size not in (0, size // 2):
-                raise UserError(
-                    f"config.model.embedding_size is {model.embedding_size}; the {cls.name} encoding multiplies tables "
-                    f"with half a query, so it must be {size // 2}, or 0 for just that."
-                )
+            cls.check_width(size, model.embedding_size, in_config)
+
+    @classmethod
+    def check_width(cls, features: int, embedding_size: int, called: Callable[[str], str]) -> None:
+        """Raises UserError if a query cannot be halved or the tables are not as wide as its halves."""
+        if features % 2:
+            raise UserError(
+                f"{called('hidden_size')} is {features}; the {cls.name} encoding halves each query, so it must be even."
+            )
+        if embedding_size not in (0, features // 2):
+            raise UserError(
+                f"{called('embedding_size')} is {embedding_size}; the {cls.name} encoding multiplies tables "
+                f"with half a query, so it must be {features // 2}, or 0 for just that."
+            )
 
 
 def declare_per_head(

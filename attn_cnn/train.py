@@ -115,12 +115,15 @@ def check_same_workdir(workdir: epath.Path) -> None:
         raise UserError(f"not all hosts see {workdir}, where the first wrote; set --workdir to what all of them reach.")
 
 
-def check_same_model(config: ml_collections.ConfigDict, workdir: epath.Path, only: tuple[str, ...]) -> None:
+def check_same_run(config: ml_collections.ConfigDict, workdir: epath.Path, only: tuple[str, ...]) -> None:
     """Raises UserError unless `workdir` holds a run like `config` in the fields that begin with one of `only`."""
     if not (workdir / workdir_lib.CONFIG).exists():
         raise UserError(f"{workdir} holds no run; train one first, or set --workdir.")
     if lines := workdir_lib.differences(config, load_config(workdir), only):
-        raise UserError(f"{workdir} holds a run of another model; its config differs:\n  " + "\n  ".join(lines))
+        raise UserError(
+            f"{workdir} holds a run with another config; set another --workdir, or the fields as they were:\n  "
+            + "\n  ".join(lines)
+        )
 
 
 def evaluate(
@@ -136,7 +139,7 @@ def evaluate(
     """
     config, workdir = checked(config), workdir_lib.open_workdir(workdir)
     fields = ("model.", "data.", "dtype", "matmul", "optimizer.name", "freeze")
-    devices.on_every_host(lambda: check_same_model(config, workdir, fields))
+    devices.on_every_host(lambda: check_same_run(config, workdir, fields))
     config.data.validation_fraction = 0.0
     dataset = load_data(config)
     parts = ("image_shape", "mean", "std", "names")

@@ -365,6 +365,30 @@ def test_a_layer_alone_names_the_word_that_it_does_not_know(words, message):
         SelfAttention("quadratic", heads=8, **words).init(jax.random.key(0), jnp.ones((1, 4, 4, 3)))
 
 
+@pytest.mark.parametrize(
+    "encoding, attributes, message",
+    [
+        ("quadratic", {"embedding_size": 8}, "SelfAttention.embedding_size is 8, which the quadratic encoding ignores"),
+        (
+            "learned",
+            {"start": "grid"},
+            "SelfAttention.start is grid, which the learned encoding ignores; set it to ran",
+        ),
+        ("quadratic", {"init_spread": 3.0}, "SelfAttention.init_spread is 3.0, which a random start ignores"),
+        ("learned_query", {}, "the number of features is 3; the learned_query encoding halves each query"),
+        ("quadratic_generalized", {"mixing": "factored"}, "SelfAttention.mixing is factored, but the quadratic_gen"),
+        (
+            "quadratic",
+            {"mixing": "factored", "dropout": 0.1},
+            r"SelfAttention.dropout is 0.1\) breaks .* or SelfAttention.dropout_on to factors",
+        ),
+    ],
+)
+def test_a_layer_alone_says_what_it_cannot_use_by_the_names_of_its_attributes(encoding, attributes, message):
+    with pytest.raises(UserError, match=message):
+        SelfAttention(encoding, heads=9, **attributes).init(jax.random.key(0), jnp.ones((1, 4, 4, 3)))
+
+
 def test_attention_maps_of_a_model_without_attention():
     class Linear(nn.Module):
         @nn.compact

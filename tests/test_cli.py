@@ -82,6 +82,8 @@ def test_a_device_that_is_full_is_told_what_helps(monkeypatch):
 
     monkeypatch.setattr(cli.app, "run", full)
     with pytest.raises(SystemExit, match=r"set config\.micro_batch_size to a part of the batch.* allocate 9 bytes\.$"):
+        cli.run(print)
+    with pytest.raises(SystemExit, match=r"use a device with more, or the CPU .* allocate 9 bytes\.$"):
         cli.run(print, config=False)
 
 

@@ -64,10 +64,10 @@ class RunSource:
         self._grids = {number: layer.grid for number, layer in self._layers.items()}
         self.grid = next(iter(self._grids.values()))
 
-    @functools.cached_property
+    @property
     def images(self) -> Images:
         """The images that maps are averaged over."""
-        return data.load_with_test_set(self.run.config.data).test_images[: self._number]
+        return self._test_images[: self._number]
 
     def image(self, which: str) -> Image:
         """Returns the image of a number in the test set, or of a picture's path.
@@ -77,7 +77,8 @@ class RunSource:
         """
         if not which.isdigit():
             return pictures.read(paths.resolve(which, "--image"), self.run.spec.image_shape)
-        return _numbered(data.load_with_test_set(self.run.config.data).test_images, int(which))
+        _check_number(int(which), len(self._test_images))
+        return self._test_images[int(which)]
 
     def of_image(self, which: str, queries: Sequence[Query]) -> dict[int, Seen]:
         """Returns what the heads see from the query pixels of one image, by the layer's number."""
@@ -124,6 +125,10 @@ class RunSource:
 
         parts = jax.device_get(self._apply(jax.jit(of_image), image[None]))
         return {number: (layer, own[number]) for number, layer in zip(own, parts, strict=True)}
+
+    @functools.cached_property
+    def _test_images(self) -> Images:
+        return data.load_with_test_set(self.run.config.data).test_images
 
     @functools.cached_property
     def _blank(self) -> Images:
@@ -201,11 +206,6 @@ def in_grid(query: Query, first: tuple[int, int], grid: tuple[int, int]) -> Quer
     """Returns the pixel of a `grid` that covers the middle of the query pixel of the `first` one."""
     row, column = (int((q + 0.5) * side / of) for q, side, of in zip(query, grid, first, strict=True))
     return row, column
-
-
-def _numbered(images: Images, number: int) -> Image:
-    _check_number(number, len(images))
-    return images[number]
 
 
 def _check_number(number: int, count: int) -> None:

@@ -54,7 +54,7 @@ class Clock:
     def remaining(self, steps: int) -> str:
         """Returns how long `steps` more will take, everything but compiling included, as in "1:23:45 left"."""
         if self._first is None or self._all_steps < 2:
-            return "just resumed"
+            return "just started"
         seconds = (time.perf_counter() - self._first) / (self._all_steps - 1) * steps
         return f"{tqdm.tqdm.format_interval(seconds)} left"
 

@@ -209,7 +209,10 @@ def check_data(workdir: epath.Path, spec: Spec, only: tuple[str, ...] = ("",)) -
         a, b = dataclasses.asdict(spec), dataclasses.asdict(theirs)
         lines = [f"{n}: {b[n]!r} then, {a[n]!r} now" for n in a if n.startswith(only) and a[n] != b[n]]
         if lines:
-            raise UserError(f"the data is not what the run in {workdir} is of (config.data):\n  " + "\n  ".join(lines))
+            raise UserError(
+                f"the data is not what the run in {workdir} is of; set config.data as it was, or another --workdir:\n  "
+                + "\n  ".join(lines)
+            )
 
 
 def read_config(path: epath.Path) -> ml_collections.ConfigDict:

@@ -66,7 +66,7 @@ function showOwn(pixels) {
 
 async function openPicture(file) {
   if (!view().classes) return notice("There is no network in this page to show a picture to: it was made of attention maps.");
-  if (!networks[state.run]) return notice("The network is not part of this page; make it with --weights to try pictures of your own.");
+  if (!networks[state.run]) return notice("The network is not part of this page, so it cannot judge a picture of your own.");
   let bitmap;
   try {
     bitmap = await createImageBitmap(file);
