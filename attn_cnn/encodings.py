@@ -548,7 +548,7 @@ def declare_query(module: nn.Module, features: int) -> LinearMap:
 
 def product(a: Float[Array, "n features"], b: Float[Array, "m features"]) -> Float[Array, "n m"]:
     """Returns a b^T in float32, whatever the type of a and b; products of the gradient are of that type, too."""
-    return _product(a, b) if a.dtype == jnp.float32 else _product_of_halves(a, b)
+    return _product(a, b) if a.dtype == jnp.float32 else _product_in_half_precision(a, b)
 
 
 def _product(a: Array, b: Array) -> Array:
@@ -556,8 +556,8 @@ def _product(a: Array, b: Array) -> Array:
 
 
 # In half precision, since otherwise the gradient would multiply float32 by half precision, at the cost of float32.
-_product_of_halves = jax.custom_vjp(_product)
-_product_of_halves.defvjp(
+_product_in_half_precision = jax.custom_vjp(_product)
+_product_in_half_precision.defvjp(
     lambda a, b: (_product(a, b), (a, b)),
     lambda factors, gradient: (
         gradient.astype(factors[0].dtype) @ factors[1],

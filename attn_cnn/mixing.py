@@ -3,8 +3,8 @@
     y_h[q] = sum_k A_h[q, k] x[k],        output[q] = sum_h y_h[q] W_h
 
 The probabilities A_h come in three forms: `Factors`, `Whole`, or `Weighted` sums of them. Each form can `drop` entries,
-`mix` a grid, and become `whole`. `attend` is the formula as it reads; `attend_in_blocks` computes the same in pieces
-that fit a device. Letters: h the head, (i, j) the query pixel, (k, l) the key pixel, d a feature in, o a feature out.
+`mix` a grid, and become `whole`. `attend_in_blocks` computes the formula in pieces that fit a device. Letters: h the
+head, (i, j) the query pixel, (k, l) the key pixel, d a feature in, o a feature out.
 """
 
 import functools
@@ -142,7 +142,7 @@ class Fixed(struct.PyTreeNode):
 
 
 class Device(NamedTuple):
-    """What the size of blocks depends on: a device's kind ("cpu", "gpu", "tpu") and its memory in bytes, 0: unknown."""
+    """What the size of blocks depends on: a device's kind, as "cpu", "gpu" or "tpu", and its bytes; 0: unknown."""
 
     kind: str
     memory: int = 0
@@ -222,15 +222,6 @@ def even_share(n: int, limit: int) -> int:
 def largest_divisor(n: int, limit: int) -> int:
     """Returns the largest divisor of `n` that is at most `limit`, or 1."""
     return max(d for d in range(1, n + 1) if n % d == 0 and d <= max(1, limit))
-
-
-def attend(
-    A: Float[Array, "#batch heads H W H W"],
-    x: Float[Array, "batch H W features"],
-    kernel: Float[Array, "heads features out"],
-) -> Float[Array, "batch H W out"]:
-    """Returns sum_h A_h x W_h as the formula reads; it specifies what `attend_in_blocks` computes."""
-    return jnp.einsum("bhijkl,bkld,hdo->bijo", jnp.broadcast_to(A, (len(x), *A.shape[1:])), x, kernel)
 
 
 def attend_in_blocks(

@@ -62,14 +62,14 @@ def describe(model: ml_collections.ConfigDict) -> str:
             parameter_overview.get_parameter_overview(params, include_stats=False),
             "",
             f"parameters                    {count_parameters(params):,}",
-            f"FLOPs per image, paper's way  {si(paper_flops(model))}  (2 x multiply-adds of Linear and "
+            f"FLOPs per image, paper's way  {in_letters(paper_flops(model))}  (2 x multiply-adds of Linear and "
             "convolution layers; mixing left out)",
-            f"FLOPs per image, compiler's   {si(compiled_flops(model))}  (the whole forward pass)",
+            f"FLOPs per image, compiler's   {in_letters(compiled_flops(model))}  (the whole forward pass)",
         ]
     )
 
 
-def si(number: float) -> str:
+def in_letters(number: float) -> str:
     """Returns two significant digits with the paper's letters, as in 6.2B."""
     for power, letter in ((9, "B"), (6, "M"), (3, "K")):
         if number >= 10**power:

@@ -101,7 +101,7 @@ def window(head: QuadraticGeneralized, x: Float[Array, "batch side side features
     return correlate(x) / correlate(jnp.ones((1, side, side, 1)))
 
 
-def product_side(x: Array, weights: Array) -> common.Side:
+def product_side(x: Array) -> common.Side:
     """Returns one product of the same size, by matrices of no head in particular."""
     pixels = GRID.value**2
     matrices = jax.nn.softmax(jax.random.normal(jax.random.key(0), (HEADS * pixels, pixels)))
@@ -121,7 +121,7 @@ def main(_):
     correlations = {"fft": fft, "window": window}
     totals = {"quadratic_generalized": (by_image, every_head.swapaxes(0, 1))}
     totals |= {name: (functools.partial(by_head, mix=mix), every_head) for name, mix in correlations.items()}
-    sides = {"product": product_side(x, weights)}
+    sides = {"product": product_side(x)}
     for name, (total, weights) in totals.items():
         looped, counted = (
             jax.value_and_grad(functools.partial(total, loop=loop), (0, 1)) for loop in (jax.lax.map, at_once)

@@ -1,4 +1,4 @@
-"""Cost of one paper-scale layer by grid side, 8 to 64: factored, dense and convolution; writes benchmarks/sides.png.
+"""Cost of one paper-scale layer by grid side, 8 to 64: factored, dense and convolution; writes docs/sides.png.
 
     python -m benchmarks.sides  # about 2 minutes on 2 cores
 
@@ -7,15 +7,15 @@ A layer's values and all its gradients, for 2 images.
 
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 from absl import flags
+from etils import epath
+from matplotlib.figure import Figure
 
-from attn_cnn import cli
+from attn_cnn import cli, drawing
 from attn_cnn.attention import SelfAttention
 from attn_cnn.layers import Convolution, LinearMap
 from attn_cnn.mixing import UNBOUNDED, Device
@@ -57,17 +57,13 @@ def layer_sides(grid: int) -> dict[str, common.Side]:
     return sides
 
 
-def draw(grids: list[int], milliseconds: dict[str, list[float]]) -> None:
+def draw(grids: list[int], milliseconds: dict[str, list[float]]) -> Figure:
     """Draws a line for each layer, both axes logarithmic."""
-    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    for name, values in milliseconds.items():
-        axes.plot(grids, values, marker="o", label=name)
-    axes.set(xscale="log", yscale="log", xlabel="grid side", ylabel="ms an image, values and gradients")
-    axes.set_xticks(grids, map(str, grids), minor=False)
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(Path(__file__).with_name("sides.png"), dpi=150)
+    labels = {"xlabel": "grid side", "ylabel": "ms an image, values and gradients"}
+    figure = drawing.lines(grids, milliseconds, xscale="log", yscale="log", **labels)
+    figure.axes[0].set_xticks(grids, map(str, grids))
+    figure.axes[0].minorticks_off()
+    return figure
 
 
 def main(_):
@@ -78,7 +74,7 @@ def main(_):
         print(f"\n{grid}x{grid}\n{common.table(sides, seconds, CONVOLUTION)}", flush=True)
         for name, values in milliseconds.items():
             values.append(statistics.median(seconds[name]) / BATCH.value * 1e3)
-    draw(grids, milliseconds)
+    drawing.save(draw(grids, milliseconds), epath.Path(__file__).parent.parent / "docs" / "sides.png")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,12 @@ needed = [
     pytest.mark.skipif(sync_api is None, reason="needs playwright, as from pip install playwright"),
 ]
 
+FINISH = """void (globalThis.finish = (generator) => {  // returns what a generator returns, without a pause
+  for (;;) {
+    const {done, value} = generator.next();
+    if (done) return value;
+  }
+})"""
 DESKTOP, PHONE = {"width": 1440, "height": 900}, {"width": 390, "height": 844}
 
 
@@ -46,6 +52,7 @@ def opened(browser, address, viewport=None, theme="light", **options):
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.goto(address)
     page.wait_for_selector("body[data-ready]", timeout=60_000)
+    page.evaluate(FINISH)
     if address.startswith("file:"):
         context.set_offline(True)
     try:

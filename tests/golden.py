@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from flax import traverse_util
 
 FOLDER = Path(__file__).parent / "golden"
 ENCODINGS = sorted(path.stem for path in FOLDER.glob("*.npz"))
@@ -51,6 +52,16 @@ class Golden:
 def small_model(encoding: str, **changes) -> ml_collections.ConfigDict:
     """Returns a model as small as the golden ones, of any encoding."""
     return Golden("quadratic").model(encoding=encoding, **changes)
+
+
+def flat(params):
+    """Returns parameters by their paths, as in "layer_0/attention/value/kernel"."""
+    return traverse_util.flatten_dict(params, sep="/")
+
+
+def same(a, b):
+    """Returns whether two data sets, or tuples of arrays, are the same."""
+    return all(np.array_equal(x, y) for x, y in zip(a[:4], b[:4], strict=True)) and a[4:] == b[4:]
 
 
 def assert_close(actual, expected, what="", tolerance=TOLERANCE):

@@ -2,14 +2,11 @@
 
 import numpy as np
 import pytest
+from golden import same
 
 from attn_cnn.errors import UserError
 from attn_cnn.training import data
 from configs import quadratic
-
-
-def same(a, b):
-    return all(np.array_equal(x, y) for x, y in zip(a[:4], b[:4], strict=True)) and a[4:] == b[4:]
 
 
 def test_digits_are_split_in_fixed_strata():

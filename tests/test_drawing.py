@@ -1,9 +1,5 @@
 """Figures: every image and line that is given is drawn, and written whole."""
 
-import matplotlib
-
-matplotlib.use("Agg")
-
 import numpy as np
 import pytest
 from etils import epath

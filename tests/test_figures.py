@@ -15,7 +15,7 @@ from matplotlib.patches import Ellipse
 
 from attn_cnn import drawing, maps, regions
 from attn_cnn.attention import attention_maps
-from attn_cnn.encodings import ENCODINGS
+from attn_cnn.encodings import ENCODINGS, Content
 from attn_cnn.errors import UserError
 from attn_cnn.figures import __main__ as figures
 from attn_cnn.figures import centers, curves, spread, theory
@@ -73,13 +73,13 @@ def test_the_softmax_of_the_total_score_is_the_probability_and_parts_add_up(enco
 
 def test_the_log_of_a_gated_probability_is_finite_where_the_probability_is_not_above_0():
     x = jnp.zeros((4, 4, 2)).at[0, 0].set(1e3)
-    model = ENCODINGS["gated"](
+    gated = ENCODINGS["gated"](
         position=ENCODINGS["quadratic"](jnp.zeros((1, 2)), jnp.array([30.0])),
-        content=ENCODINGS["gated"].__dataclass_fields__["content"].type(jnp.ones((1, 2, 2)), jnp.zeros((1, 2))),
+        content=Content(jnp.ones((1, 2, 2)), jnp.zeros((1, 2))),
         gates=jnp.zeros(1),
     )
-    assert float(model.probabilities(x).whole().values.min()) == 0
-    assert np.isfinite(model.parts(x).total).all()
+    assert float(gated.probabilities(x).whole().values.min()) == 0
+    assert np.isfinite(gated.parts(x).total).all()
 
 
 @pytest.mark.slow

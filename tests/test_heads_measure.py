@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
 from golden import Golden, assert_close, small_model
 
 from attn_cnn.attention import LayerHeads, attention_maps
@@ -23,16 +24,10 @@ def model(encoding):
     return module, jax.jit(module.init)(jax.random.key(0), images)["params"], images
 
 
-def shifts(height, width):
-    """Returns d = key - query as an array (H, W, H, W, 2)."""
-    grid = np.stack(np.meshgrid(np.arange(height), np.arange(width), indexing="ij"), -1)
-    return grid[None, None] - grid[:, :, None, None]
-
-
 def by_definition(A):
     """Returns the numbers of probabilities (images, heads, H, W, H, W), in float64."""
     A = np.asarray(A, np.float64)
-    d = shifts(*A.shape[2:4])
+    d = reference.shifts(*A.shape[2:4])
     means = {
         "mean_shift": A[..., None] * d,
         "nonlocality": A * np.sqrt((d**2).sum(-1)),

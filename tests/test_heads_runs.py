@@ -11,7 +11,7 @@ import numpy as np
 import program
 import pytest
 from etils import epath
-from flax import traverse_util
+from golden import flat
 
 from attn_cnn import maps, report, torch_export, torch_import, train
 from attn_cnn.errors import UserError
@@ -35,10 +35,6 @@ DEGENERATE = {0: {1, 4}, 1: {0, 1, 2, 3, 4}}  # what the other run has
 def config_of(**changes):
     changes = {"model.layers": 2, "model.heads": 5, "epochs": 2, "checkpoint.every_epochs": 1, **changes}
     return program.tiny_config(quadratic_generalized, **changes)
-
-
-def flat(params):
-    return traverse_util.flatten_dict(params, sep="/")
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
-from golden import Golden, assert_close, small_model
+from golden import Golden, assert_close, flat, small_model
 
 from attn_cnn.encodings import ENCODINGS
 from attn_cnn.heads import surgery
@@ -32,10 +32,6 @@ def params_of(encoding, seed=0, share_tables=False):
     keys = jax.random.split(jax.random.key(seed), len(leaves))
     draws = [jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
     return jax.tree.unflatten(structure, draws)
-
-
-def flat(params):
-    return traverse_util.flatten_dict(params, sep="/")
 
 
 # Which heads

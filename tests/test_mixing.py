@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attn_cnn import mixing
-from attn_cnn.mixing import Blocks, Device, Factors, Fixed, Weighted, Whole, attend, attend_in_blocks, choose_blocks
+from attn_cnn.mixing import Blocks, Device, Factors, Fixed, Weighted, Whole, attend_in_blocks, choose_blocks
 
 BATCH, HEADS, HEIGHT, WIDTH, FEATURES, OUT = 3, 4, 2, 3, 5, 4
 X = jax.random.normal(jax.random.key(0), (BATCH, HEIGHT, WIDTH, FEATURES))
@@ -24,6 +24,11 @@ def of_keys(seed, *shape, axes):
     """Returns random probabilities, which sum to 1 over the last `axes` axes."""
     logits = jax.random.normal(jax.random.key(seed), (HEADS, *shape))
     return jax.nn.softmax(logits, tuple(range(-axes, 0)))
+
+
+def attend(A, x, kernel):
+    """Returns sum_h A_h x W_h as the formula reads."""
+    return jnp.einsum("bhijkl,bkld,hdo->bijo", jnp.broadcast_to(A, (len(x), *A.shape[1:])), x, kernel)
 
 
 def weighted(*parts):

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import traverse_util
-from golden import Golden, assert_close, small_model
+from golden import Golden, assert_close, flat, small_model
 from test_config import EXPERIMENTS
 
 from attn_cnn.attention import attention_maps
@@ -36,10 +35,6 @@ IMAGES = jax.random.normal(jax.random.key(0), (2, 8, 8, 1))
 def init(config, **kwargs):
     model = create_model(config.model, **kwargs)
     return model, jax.jit(model.init)(jax.random.key(0), IMAGES)
-
-
-def flat(params):
-    return traverse_util.flatten_dict(params, sep="/")
 
 
 def test_patches_are_ordered_by_row_column_channel():

@@ -15,6 +15,7 @@ import attn_cnn
 from attn_cnn import mixing, train
 from attn_cnn.attention import attention_maps
 from attn_cnn.encodings import ENCODINGS, CenteredEncoding, along_heads, centers_init, encoding_class, spreads_init
+from attn_cnn.errors import UserError
 from attn_cnn.heads import history, measure, surgery
 from attn_cnn.model import abstract_variables, create_model
 from configs import quadratic
@@ -58,8 +59,17 @@ def start():
     return images, jax.jit(create_model(small_model("manhattan", layers=1)).init)(jax.random.key(0), images)["params"]
 
 
-def test_it_is_found_by_its_name():
-    assert encoding_class("manhattan") is Manhattan
+def test_a_class_is_found_by_its_name_once_it_is_defined():
+    with pytest.raises(UserError, match="'chebyshev'"):
+        encoding_class("chebyshev")
+
+    class Chebyshev(Manhattan, name="chebyshev"):
+        """Another one."""
+
+    try:
+        assert encoding_class("chebyshev") is Chebyshev and Chebyshev.name == "chebyshev"
+    finally:
+        del ENCODINGS["chebyshev"]
 
 
 @pytest.mark.slow

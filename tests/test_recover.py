@@ -5,7 +5,6 @@ import json
 import shutil
 
 import jax
-import matplotlib
 import numpy as np
 import program
 import pytest
@@ -225,7 +224,6 @@ def test_json_holds_what_the_text_says_without_arrays():
 
 
 def test_the_figure_shows_each_head(tmp_path):
-    matplotlib.use("Agg")
     report_lib.write(maps_report(), epath.Path(tmp_path) / "report")
     assert {path.name for path in (tmp_path / "report").iterdir()} == {"recover.txt", "recover.json", "recover.png"}
     assert (tmp_path / "report" / "recover.png").read_bytes().startswith(b"\x89PNG")

@@ -30,7 +30,7 @@ def test_every_config_has_the_parameters_and_flops_of_the_table_and_of_its_docst
     model, (parameters, flops) = module.get_config().model, TABLE[experiment]
     counted = report.paper_flops(model)
     assert report.count_parameters(abstract_variables(model)["params"]) == parameters
-    assert flops in (None, report.si(counted))
+    assert flops in (None, report.in_letters(counted))
     assert f"{parameters / 1e6:.1f}M parameters, {counted / 1e9:.2g} GFLOPs an image" in module.__doc__
 
 
@@ -56,7 +56,13 @@ def model():
 
 
 def test_two_digits_and_a_letter():
-    assert [report.si(n) for n in (0, 950, 1_249, 5_560_000, 14_999_999_999)] == ["0", "950", "1.2K", "5.6M", "15B"]
+    assert [report.in_letters(n) for n in (0, 950, 1_249, 5_560_000, 14_999_999_999)] == [
+        "0",
+        "950",
+        "1.2K",
+        "5.6M",
+        "15B",
+    ]
 
 
 def test_the_compiler_counts_at_least_the_linear_layers(model):

@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 from etils import epath
+from golden import same
 
 from attn_cnn.errors import UserError
 from attn_cnn.training import data
@@ -15,10 +16,6 @@ TFDS = epath.Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").ex
 needs_cifar = pytest.mark.skipif(
     not (TFDS / "cifar10").exists(), reason=f"needs CIFAR-10, which is not in {TFDS} (TFDS_DATA_DIR)"
 )
-
-
-def same(a, b):
-    return all(np.array_equal(x, y) for x, y in zip(a[:4], b[:4], strict=True)) and a[4:] == b[4:]
 
 
 @pytest.mark.slow

@@ -114,7 +114,10 @@ def draw(report: Report) -> Figure:
             outlines[len(rows), len(images) - 1] = [(w["top"], w["left"], w["side"], w["side"]) for w in three]
         rows.append(images)
         titles.append(names)
-    return drawing.by_shift(rows, titles, [f"layer {layer['layer']}" for layer in report["layers"]], outlines)
+    figure = drawing.by_shift(rows, titles, [f"layer {layer['layer']}" for layer in report["layers"]], outlines)
+    last = "; last column: energy of the layer's kernel, and its best 3x3 window" if outlines else ""
+    drawing.note(figure, f"mean probability by shift in pixels, scaled by its largest, above it; cross: no shift{last}")
+    return figure
 
 
 def write(report: Report, folder: epath.Path) -> None:

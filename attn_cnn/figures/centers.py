@@ -84,10 +84,8 @@ def draw(numbers: Numbers) -> Figure:
     for axes, epoch in zip(grid[0], epochs, strict=True):
         axes.set_title(f"epoch {int(numbers['epoch'][epoch])}")
     drawing.legend_of_heads(figure, range(centers.shape[2]))
-    if "center" not in numbers:
-        whence = "from the middle of the grid" if "row_scores" in numbers else "over all queries, at the border too"
-        text = f"the Gaussians with mean and covariance of the attended shift, {whence}"
-        figure.suptitle(text, fontsize=8, color="0.3")
+    if explanation := _explanation(numbers):
+        figure.suptitle(explanation, fontsize=8, color="0.3")
     return figure
 
 
@@ -118,9 +116,18 @@ def _frame(numbers: Numbers, epoch: int, centers: np.ndarray, covariances: np.nd
     for axes, layer in zip(grid.flat, layers, strict=False):
         _heads(axes, centers[epoch, layer], covariances[epoch, layer], _reach(numbers, centers))
         axes.set_title(f"layer {layer}")
-    figure.suptitle(f"epoch {int(numbers['epoch'][epoch])}", fontsize=10)
+    title = f"epoch {int(numbers['epoch'][epoch])}"
+    figure.suptitle("\n".join(filter(None, [title, _explanation(numbers)])), fontsize=9)
     drawing.legend_of_heads(figure, range(centers.shape[2]))
     return figure
+
+
+def _explanation(numbers: Numbers) -> str:
+    """Returns what is drawn of heads that are no Gaussians; nothing where they are."""
+    if "center" in numbers:
+        return ""
+    whence = "from the middle of the grid" if "row_scores" in numbers else "over all queries, at the border too"
+    return f"the Gaussians with mean and covariance of the attended shift, {whence}"
 
 
 def chosen(epochs: int, number: int) -> list[int]:

@@ -68,16 +68,16 @@ def draw_parts(parts: Parts, query: Query, layer: int) -> Figure:
     _name_heads(grid[0])
     drawing.note(
         figure,
-        f"layer {layer}, query {query}; scores (purple: above their mean) and probabilities, each scaled by its "
-        "largest, which stands above",
+        f"layer {layer}, query {query}, row first; scores (purple: above their mean) and probabilities, each scaled "
+        "by its largest, above it",
     )
     return figure
 
 
 def caption(queries: Sequence[Query], images: int, shown: bool) -> str:
     """Returns what stands below maps: which queries, of how many images, and how they are scaled."""
-    where = "query " + ", ".join(f"({row}, {column})" for row, column in queries)
+    where = "query " + ", ".join(f"({row}, {column})" for row, column in queries) + ", row first"
     what = (
         "the image underneath" if shown else "one map for all images" if images == 1 else f"mean over {images} images"
     )
-    return f"{where}; {what}; each map is scaled by its largest probability, which stands above"
+    return f"{where}; {what}; scaled by the largest probability, above each"

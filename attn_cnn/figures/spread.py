@@ -9,7 +9,10 @@ from matplotlib.figure import Figure
 from attn_cnn import drawing
 from attn_cnn.figures.sources import Numbers
 
-PANELS = {"nonlocality": "mean distance to the attended pixel", "entropy": "entropy of a query's attention, nats"}
+PANELS = {
+    "nonlocality": "mean distance to the attended pixel, pixels",
+    "entropy": "entropy of a query's attention, nats",
+}
 
 
 @drawing.styled

@@ -27,7 +27,7 @@ sunflower sweet_pepper table tank telephone television tiger tractor train trout
 willow_tree wolf woman worm
 """
 
-# The data sets of the configs, known before they are loaded, with the mean and deviation that are usual for CIFAR.
+# Data sets that are known before they are loaded, with the mean and deviation that are usual for CIFAR.
 SPECS = {
     "cifar10": Spec(
         (32, 32, 3),

@@ -18,6 +18,7 @@ from attn_cnn.training.dataset import Dataset, cache_key, cached, dataset_of
 log = logging.getLogger("attn_cnn")
 
 REACH_SECONDS = 8
+FORMAT = "with its spec"  # of the cache; another name, and older files are not read
 
 
 def load(name: str, root: epath.Path, splits: tuple[str, str]) -> Dataset:
@@ -29,7 +30,7 @@ def load(name: str, root: epath.Path, splits: tuple[str, str]) -> Dataset:
     """
     prepared = _newest(root / name) or _prepare(name, root)
     files = sorted((f.name, f.stat().length) for f in prepared.iterdir())
-    key = cache_key("with its spec", os.fspath(prepared), files, splits)
+    key = cache_key(FORMAT, os.fspath(prepared), files, splits)
     file_name = f"{name.replace('/', '-').replace(':', '-')}-{prepared.name}-{key}.npz"
 
     def decode():

@@ -28,14 +28,6 @@ function* runNetwork(steps, layers, picture, off = new Set()) {
   return { logits: x.data, seen };
 }
 
-/** Returns what a generator returns, without a pause. */
-function finish(generator) {
-  for (;;) {
-    const { done, value } = generator.next();
-    if (done) return value;
-  }
-}
-
 const OPERATIONS = {
   patches: ({ side }, { data, height, width, features }) => {
     const y = grid(height / side, width / side, side * side * features);

@@ -106,7 +106,9 @@ function showPicture(colors) {
   else pen.rectangle(0, 0, width, height, colors.empty);
   $("picture-help").hidden = !view().layers.length || drawing;
   if (!view().layers.length) return;
-  $("picture-help").textContent = pinned
+  $("picture-help").textContent = matchMedia("(hover: none)").matches
+    ? "Tap a pixel to choose the query."
+    : pinned
     ? "Pinned. Click the pixel again to choose by pointing; arrow keys move it."
     : "Point to choose, click or tap to pin, arrow keys to move.";
   drawQuery(pen, ([x, y]) => [(x * width) / columns, (y * height) / rows], state.query, 2);
@@ -140,7 +142,7 @@ function showPrediction() {
   if (label >= 0) notes.push(`Label: ${classes[label]}.`);
   if (touched.length && answer(state.run)) notes.push(`With ${touched.join(", ")}.`);
   if (touched.length && networks[state.run] === null) notes.push("The network is not part of this page (--weights), so the prediction stays.");
-  if (isPast(state.run)) notes.push("The prediction is the checkpoint's.");
+  if (isPast(state.run)) notes.push("The prediction is the trained network's, not this epoch's.");
   $("prediction-note").textContent = notes.join(" ");
 }
 
@@ -249,7 +251,7 @@ function legendOf({ P, outline, values, scores, signed: isDifference, off }) {
     lines.push(scores ? `Colour: scores from ${signed(least)} to ${signed(greatest)}.` : `Colour: probabilities from 0 to ${greatest.toPrecision(2)}.`);
   }
   if (state.outlines && P) lines.push("Solid line: the fewest pixels with half of the probability; dashed: with nine tenths.");
-  if (outline) lines.push("Cross: the head's center, or mean shift; ellipse: half of a Gaussian with its spread.");
+  if (outline) lines.push("Cross: the head's center, or mean shift; ellipse: what holds half of a Gaussian with its spread.");
   return lines.join(" ");
 }
 
@@ -348,10 +350,10 @@ function showKernel(layer, energy, heads, colors) {
       ? `Over the images, the layer weighs pixels at this query by ${kernel}, in the mean. Its heads look where the image says, so it is no convolution.`
       : `At this query of this image the layer weighs pixels by ${kernel}. Its heads look where the image says: at another pixel or image the kernel is another, and the layer is no convolution.`,
     state.part !== "total" && !isPast(state.run) ? "Position and content count together here." : [],
-    isPast(state.run) ? "This is the checkpoint's." : [],
+    isPast(state.run) ? "It is the trained network's, not this epoch's." : [],
   ].flat().join(" ");
   $("theorem-title").textContent = seesContent(layer) ? "The kernel at this query" : "The convolution in it";
-  $("distance-name").textContent = seesContent(layer) ? "Distance to one pixel a head, at this query" : "Distance to the convolution of the nearest taps";
+  $("distance-name").textContent = seesContent(layer) ? "Relative distance to one pixel a head, at this query" : "Relative distance to a convolution with one pixel a head";
 }
 
 /** Updates what screen readers are told: a sentence on the head, and the table. */
