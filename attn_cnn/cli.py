@@ -123,7 +123,7 @@ def check_source(reader: str, of_runs: Iterable[str]) -> None:
 
 
 def refuse(names: Iterable[str], reason: str) -> None:
-    """Raises UserError if one of the flags was given, since it `reason`, as in "goes with report alone"."""
+    """Raises UserError if one of the flags was given, since it `reason`, as in "goes with report, not with prune"."""
     for name in names:
         if flags.FLAGS[name].present:
             raise UserError(f"--{name} {reason}.")

@@ -280,6 +280,7 @@ class CenteredEncoding(Encoding):
     def check_reads(cls, values: Mapping[str, Any], called: Callable[[str], str]) -> None:
         """Raises UserError if a field has a value that the encoding, or a random start, ignores."""
         super().check_reads(values, called)
+        values = {name: field.default for name, field in FIELDS.items()} | dict(values)
         if values["init"] == "random" and values["init_spread"] != FIELDS["init_spread"].default:
             raise UserError(
                 f"{called('init_spread')} is {values['init_spread']}, which a random start ignores; "

@@ -46,20 +46,25 @@ def file_errors(*others: type[Exception]) -> tuple[type[Exception], ...]:
 
 
 def write(path: epath.Path, content: bytes) -> None:
-    """Writes a file, whose folder is made, whole or not at all.
+    """Writes a file, whose folder is made, whole or not at all; through a link, and into a pipe as it is.
 
     Raises:
       UserError: it cannot be written; a file that was there before is as it was.
     """
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+    target = epath.Path(os.path.realpath(path)) if os.path.islink(path) else path
+    temporary = target.parent / f"{target.name}.{uuid.uuid4().hex}"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists() and not target.is_file():
+            target.write_bytes(content)
+            return
         temporary.write_bytes(content)
-        temporary.replace(path)
+        temporary.replace(target)
     except file_errors() as error:
+        raise UserError(f"{path} cannot be written: {first_line(error)}") from None
+    finally:
         with contextlib.suppress(*file_errors()):
             temporary.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written: {first_line(error)}") from None
 
 
 def cache_folder() -> epath.Path:

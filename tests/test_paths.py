@@ -1,5 +1,6 @@
 """Paths mean the same however a person, a sweep or a scheduler writes them, or are refused by name."""
 
+import concurrent.futures
 import os
 
 import pytest
@@ -55,6 +56,25 @@ def test_what_a_bucket_refuses_is_said_as_what_a_disk_refuses(tmp_path, monkeypa
     monkeypatch.setattr(type(path), "write_bytes", refuse)
     with pytest.raises(UserError, match="figure.png cannot be written: .*a read-only bucket"):
         paths.write(path, b"")
+
+
+def test_a_link_stays_one_and_a_folder_is_refused(tmp_path):
+    folder = epath.Path(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path / "page.html")
+    paths.write(folder / "link", b"page")
+    assert (tmp_path / "link").is_symlink() and (folder / "page.html").read_bytes() == b"page"
+    for place in (folder, epath.Path(".")):
+        with pytest.raises(UserError, match="cannot be written: .*Is a directory"):
+            paths.write(place, b"page")
+
+
+def test_a_pipe_is_written_into(tmp_path):
+    pipe = epath.Path(tmp_path) / "pipe"
+    os.mkfifo(pipe)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        read = pool.submit(pipe.read_bytes)
+        paths.write(pipe, b"page")
+        assert read.result() == b"page"
 
 
 def test_a_file_that_cannot_be_written_whole_is_as_it_was(tmp_path, monkeypatch):

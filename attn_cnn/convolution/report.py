@@ -115,8 +115,12 @@ def draw(report: Report) -> Figure:
         rows.append(images)
         titles.append(names)
     figure = drawing.by_shift(rows, titles, [f"layer {layer['layer']}" for layer in report["layers"]], outlines)
-    last = "; last column: energy of the layer's kernel, and its best 3x3 window" if outlines else ""
-    drawing.note(figure, f"mean probability by shift in pixels, scaled by its largest, above it; cross: no shift{last}")
+    text = "mean probability by shift in pixels, scaled by its largest, above it; cross: no shift"
+    if outlines:
+        text += "; last in each row: energy of the layer's kernel"
+    if any(outlines.values()):
+        text += ", and its best 3x3 window"
+    drawing.note(figure, text)
     return figure
 
 

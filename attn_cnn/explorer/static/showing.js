@@ -141,7 +141,7 @@ function showPrediction() {
   const notes = [];
   if (label >= 0) notes.push(`Label: ${classes[label]}.`);
   if (touched.length && answer(state.run)) notes.push(`With ${touched.join(", ")}.`);
-  if (touched.length && networks[state.run] === null) notes.push("The network is not part of this page (--weights), so the prediction stays.");
+  if (touched.length && networks[state.run] === null) notes.push("The network is not part of this page, so the prediction stays.");
   if (isPast(state.run)) notes.push("The prediction is the trained network's, not this epoch's.");
   $("prediction-note").textContent = notes.join(" ");
 }
