@@ -15,7 +15,6 @@ import pytest
 from etils import epath
 from program import ROOT, environment, newest_checkpoint, run, run_module
 
-from attn_cnn import paths
 from attn_cnn.errors import UserError
 from benchmarks import reproduce as reproducing
 from benchmarks import results
@@ -167,12 +166,14 @@ def test_a_record_that_cannot_be_written_stays_as_it_was(tmp_path, monkeypatch):
     path = epath.Path(tmp_path / "results.json")
     results.write_record(path, {Run(OF_DIGITS, 3): recorded()})
 
-    def full(path, content):
-        path.write_bytes(content[:10])
-        raise UserError("the disk is full")
+    write_bytes = type(path).write_bytes
 
-    monkeypatch.setattr(paths, "write", full)
-    with pytest.raises(UserError, match="full"):
+    def full(place, content):
+        write_bytes(place, content[:10])
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(type(path), "write_bytes", full)
+    with pytest.raises(UserError, match="results.json cannot be written: the disk is full"):
         results.write_record(path, {})
     assert results.read_record(path) == {Run(OF_DIGITS, 3): recorded()}
     assert [each.name for each in tmp_path.iterdir()] == ["results.json"]
