@@ -1,6 +1,5 @@
 """Paths mean the same however a person, a sweep or a scheduler writes them, or are refused by name."""
 
-import concurrent.futures
 import os
 
 import pytest
@@ -66,15 +65,6 @@ def test_a_link_stays_one_and_a_folder_is_refused(tmp_path):
     for place in (folder, epath.Path(".")):
         with pytest.raises(UserError, match="cannot be written: .*Is a directory"):
             paths.write(place, b"page")
-
-
-def test_a_pipe_is_written_into(tmp_path):
-    pipe = epath.Path(tmp_path) / "pipe"
-    os.mkfifo(pipe)
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        read = pool.submit(pipe.read_bytes)
-        paths.write(pipe, b"page")
-        assert read.result() == b"page"
 
 
 def test_a_file_that_cannot_be_written_whole_is_as_it_was(tmp_path, monkeypatch):
