@@ -46,20 +46,20 @@ def file_errors(*others: type[Exception]) -> tuple[type[Exception], ...]:
 
 
 def write(path: epath.Path, content: bytes) -> None:
-    """Writes a file, whose folder is made, whole or not at all; through a link, and into a pipe as it is.
+    """Writes a file, whose folder is made, whole or not at all; a link, a pipe or a device is written through.
 
     Raises:
       UserError: it cannot be written; a file that was there before is as it was.
     """
-    target = epath.Path(os.path.realpath(path)) if os.path.islink(path) else path
-    temporary = target.parent / f"{target.name}.{uuid.uuid4().hex}"
+    temporary = path.parent / f"{path.name}.{uuid.uuid4().hex}"
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if target.exists() and not target.is_file():
-            target.write_bytes(content)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # epath calls a pipe a file, too
+        if os.path.islink(path) or (os.path.exists(path) and not os.path.isfile(path)):
+            path.write_bytes(content)
             return
         temporary.write_bytes(content)
-        temporary.replace(target)
+        temporary.replace(path)
     except file_errors() as error:
         raise UserError(f"{path} cannot be written: {first_line(error)}") from None
     finally:

@@ -129,3 +129,14 @@ def assert_same_bits(a, b):
 def content(workdir):
     """Every path in a workdir, and when it was written; equal before and after, nothing there has changed."""
     return sorted((path, path.stat().st_mtime_ns) for path in workdir.rglob("*"))
+
+
+def fill_disk(monkeypatch, reason):
+    """Lets every file take its first ten bytes and no more, and each write fail for this reason."""
+    write_bytes = type(epath.Path()).write_bytes
+
+    def write_in_part(path, content):
+        write_bytes(path, content[:10])
+        raise OSError(reason)
+
+    monkeypatch.setattr(type(epath.Path()), "write_bytes", write_in_part)

@@ -2,6 +2,7 @@
 
 import os
 
+import program
 import pytest
 from etils import epath
 
@@ -67,16 +68,19 @@ def test_a_link_stays_one_and_a_folder_is_refused(tmp_path):
             paths.write(place, b"page")
 
 
+def test_a_pipe_is_written_into(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    paths.write(epath.Path(tmp_path) / "pipe", b"page")
+    assert os.read(reader, 100) == b"page"
+    os.close(reader)
+    assert (tmp_path / "pipe").is_fifo()
+
+
 def test_a_file_that_cannot_be_written_whole_is_as_it_was(tmp_path, monkeypatch):
     path = epath.Path(tmp_path) / "page.html"
     paths.write(path, b"before")
-    write = type(path).write_bytes
-
-    def full(self, content):
-        write(self, content[:2])
-        raise OSError("no space left")
-
-    monkeypatch.setattr(type(path), "write_bytes", full)
+    program.fill_disk(monkeypatch, "no space left")
     with pytest.raises(UserError, match="page.html cannot be written: no space left"):
-        paths.write(path, b"after")
+        paths.write(path, b"after it was full")
     assert path.read_bytes() == b"before" and [each.name for each in tmp_path.iterdir()] == ["page.html"]

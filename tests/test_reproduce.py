@@ -13,7 +13,7 @@ import types
 
 import pytest
 from etils import epath
-from program import ROOT, environment, newest_checkpoint, run, run_module
+from program import ROOT, environment, fill_disk, newest_checkpoint, run, run_module
 
 from attn_cnn.errors import UserError
 from benchmarks import reproduce as reproducing
@@ -166,13 +166,7 @@ def test_a_record_that_cannot_be_written_stays_as_it_was(tmp_path, monkeypatch):
     path = epath.Path(tmp_path / "results.json")
     results.write_record(path, {Run(OF_DIGITS, 3): recorded()})
 
-    write_bytes = type(path).write_bytes
-
-    def full(place, content):
-        write_bytes(place, content[:10])
-        raise OSError("the disk is full")
-
-    monkeypatch.setattr(type(path), "write_bytes", full)
+    fill_disk(monkeypatch, "the disk is full")
     with pytest.raises(UserError, match="results.json cannot be written: the disk is full"):
         results.write_record(path, {})
     assert results.read_record(path) == {Run(OF_DIGITS, 3): recorded()}
