@@ -20,7 +20,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from attn_cnn import schema
-from attn_cnn.encodings import FIELDS, Encoding, Parts, Quadratic, encoding_class, in_config, window
+from attn_cnn.encodings import FIELDS, Encoding, Parts, Quadratic, encoding_class, window
 from attn_cnn.errors import UserError
 from attn_cnn.layers import Bias, Linear, LinearMap
 from attn_cnn.mixing import Device, Factors, Fixed, Probabilities, attend_in_blocks, choose_blocks, this_device
@@ -33,24 +33,26 @@ WORDS = {  # attributes of SelfAttention that are one of some words
     "mixing": FORMS,
     "dropout_on": DROPPED,
 }
-OF_ENCODING = {  # attributes of SelfAttention that some encodings read, by what config.model calls them
+ATTRIBUTES = {  # of SelfAttention, by what config.model calls them
     "embedding_size": "embedding_size",
     "init": "start",
     "init_spread": "init_spread",
     "content_init": "content_start",
+    "mixing": "mixing",
+    "attention_dropout": "dropout",
+    "attention_dropout_on": "dropout_on",
 }
-IN_LAYER = {field: f"SelfAttention.{attribute}" for field, attribute in OF_ENCODING.items()} | {
-    "hidden_size": "the number of features",
-    "mixing": "SelfAttention.mixing",
-    "attention_dropout": "SelfAttention.dropout",
-    "attention_dropout_on": "SelfAttention.dropout_on",
-}  # what messages call the fields of config.model
 
 Padding = str | tuple[tuple[int, int], tuple[int, int]]  # "SAME", "VALID", or ((top, bottom), (left, right))
 
 
+def in_layer(field: str) -> str:
+    """Returns what messages call a field of `config.model` where the layer is used alone."""
+    return f"SelfAttention.{ATTRIBUTES[field]}" if field in ATTRIBUTES else "the number of features"
+
+
 def check_form(
-    encoding: type[Encoding], mixing: str, dropout: float, dropout_on: str, called: Callable[[str], str] = in_config
+    encoding: type[Encoding], mixing: str, dropout: float, dropout_on: str, called: Callable[[str], str]
 ) -> None:
     """Raises UserError if the encoding's probabilities have no factors where `mixing` or `dropout_on` asks for them.
 
@@ -185,9 +187,10 @@ class SelfAttention(nn.Module):
         """Returns the encoding, once it goes with the other attributes and with grids of this shape."""
         schema.check({name: getattr(self, name) for name in WORDS}, WORDS, "SelfAttention.")
         encoding = encoding_class(self.encoding)
-        check_form(encoding, self.mixing, self.dropout, self.dropout_on, IN_LAYER.__getitem__)
-        encoding.check_reads({field: getattr(self, name) for field, name in OF_ENCODING.items()}, IN_LAYER.__getitem__)
-        encoding.check_width(features, self.embedding_size, IN_LAYER.__getitem__)
+        check_form(encoding, self.mixing, self.dropout, self.dropout_on, in_layer)
+        values = {field: getattr(self, name) for field, name in ATTRIBUTES.items() if field in FIELDS}
+        encoding.check_reads(values, in_layer)
+        encoding.check_width(features, self.embedding_size, in_layer)
         encoding.check_grid(height, width, self.max_side)
         return encoding
 

@@ -99,7 +99,7 @@ def _layers(path: epath.Path, arrays: dict[str, np.ndarray]) -> tuple[str, dict[
     if form in arrays:
         if len(arrays) > 1:
             raise UserError(f"{path} holds {' and '.join(sorted(arrays))}; leave {form} out, or the others.")
-        if 0 in (arrays[form].ndim, *arrays[form].shape[:1]):
+        if arrays[form].ndim == 0 or len(arrays[form]) == 0:
             shape = arrays[form].shape
             raise UserError(f"{form} in {path} has shape {shape}; it must be (layers, {AXES[form]}), none of them 0.")
         return form, {f"layer {number} of {form}": layer for number, layer in enumerate(arrays[form])}

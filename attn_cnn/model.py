@@ -18,7 +18,7 @@ import ml_collections
 from jaxtyping import Array, Float
 
 from attn_cnn import attention, encodings, resnet, schema
-from attn_cnn.encodings import encoding_class
+from attn_cnn.encodings import encoding_class, in_config
 from attn_cnn.errors import UserError
 from attn_cnn.layers import Convolution, Linear, dense
 from attn_cnn.mixing import Device
@@ -282,7 +282,7 @@ def _check_attention(model: ml_collections.ConfigDict) -> None:
     _check_merging(model)
     encoding = encoding_class(model.encoding)
     encoding.check(model)
-    attention.check_form(encoding, model.mixing, model.attention_dropout, model.attention_dropout_on)
+    attention.check_form(encoding, model.mixing, model.attention_dropout, model.attention_dropout_on, in_config)
 
 
 def _check_merging(model: ml_collections.ConfigDict) -> None:

@@ -119,11 +119,7 @@ def check_same_run(config: ml_collections.ConfigDict, workdir: epath.Path, only:
     """Raises UserError unless `workdir` holds a run like `config` in the fields that begin with one of `only`."""
     if not (workdir / workdir_lib.CONFIG).exists():
         raise UserError(f"{workdir} holds no run; train one first, or set --workdir.")
-    if lines := workdir_lib.differences(config, load_config(workdir), only):
-        raise UserError(
-            f"{workdir} holds a run with another config; set another --workdir, or the fields as they were:\n  "
-            + "\n  ".join(lines)
-        )
+    workdir_lib.check_config(workdir, config, load_config(workdir), only)
 
 
 def evaluate(

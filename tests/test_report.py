@@ -56,13 +56,8 @@ def model():
 
 
 def test_two_digits_and_a_letter():
-    assert [report.in_letters(n) for n in (0, 950, 1_249, 5_560_000, 14_999_999_999)] == [
-        "0",
-        "950",
-        "1.2K",
-        "5.6M",
-        "15B",
-    ]
+    numbers = (0, 950, 1_249, 5_560_000, 14_999_999_999)
+    assert list(map(report.in_letters, numbers)) == ["0", "950", "1.2K", "5.6M", "15B"]
 
 
 def test_the_compiler_counts_at_least_the_linear_layers(model):

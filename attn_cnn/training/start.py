@@ -40,11 +40,7 @@ def claim(workdir: epath.Path, experiment: Experiment, stack: contextlib.ExitSta
     """
     workdir_lib.claim(workdir, experiment.config, stack)
     theirs = load_config(workdir)
-    if lines := workdir_lib.differences(experiment.config, theirs):
-        raise UserError(
-            f"{workdir} holds a run with another config; set another --workdir, or the fields as they were:\n  "
-            + "\n  ".join(lines)
-        )
+    workdir_lib.check_config(workdir, experiment.config, theirs)
     workdir_lib.check_data(workdir, experiment.spec)
     if experiment.config.to_dict() != theirs.to_dict():
         workdir_lib.update(workdir, experiment.config, stack)

@@ -154,13 +154,13 @@ def _decode(prepared: epath.Path, splits: tuple[str, str]) -> Dataset:
             ) from None
         try:
             parts += _read(builder, split, keys)
-        except UserError:
-            raise
         except Exception as error:  # each file format raises types of its own, one for each kind of damage
             raise UserError(f"the data set in {prepared} cannot be read: {first_line(error)} {ANEW}") from None
         if len(parts[-1]) != examples:
             found = f"{len(parts[-1]):,} {split} examples instead of {examples:,}"
             raise UserError(f"the data set in {prepared} cannot be read: it has {found}. {ANEW}")
+        if parts[-1].min(initial=0) < 0:
+            raise UserError(f"the split {split!r} of {builder.info.name} holds images without a label; choose another.")
     return dataset_of(tuple(builder.info.features[keys[1]].names), *parts)
 
 
@@ -176,6 +176,4 @@ def _read(builder: Any, split: str, keys: tuple[str, str]) -> tuple[np.ndarray, 
     else:
         source = builder.as_data_source(split=split)
         images, labels = (np.stack(part) for part in zip(*((e[keys[0]], e[keys[1]]) for e in source), strict=True))
-    if labels.min(initial=0) < 0:
-        raise UserError(f"the split {split!r} of {builder.info.name} holds images without a label; choose another.")
     return images, labels.astype(np.int32)

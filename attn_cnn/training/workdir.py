@@ -203,6 +203,20 @@ def read_spec(workdir: epath.Path) -> Spec | None:
         raise UserError(f"{path} does not describe the run's data: {first_line(error)}") from None
 
 
+def check_config(
+    workdir: epath.Path,
+    ours: ml_collections.ConfigDict,
+    theirs: ml_collections.ConfigDict,
+    only: tuple[str, ...] = ("",),
+) -> None:
+    """Raises UserError if the config of the run in `workdir`, `theirs`, has `differences` from `ours`."""
+    if lines := differences(ours, theirs, only):
+        raise UserError(
+            f"{workdir} holds a run with another config; set another --workdir, or the fields as they were:\n  "
+            + "\n  ".join(lines)
+        )
+
+
 def check_data(workdir: epath.Path, spec: Spec, only: tuple[str, ...] = ("",)) -> None:
     """Raises UserError if the run in `workdir` is of other data than `spec`, in fields beginning with one of `only`."""
     if theirs := read_spec(workdir):

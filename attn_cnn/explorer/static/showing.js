@@ -3,6 +3,7 @@
 
 const $ = (id) => document.getElementById(id);
 const percent = (share) => (share >= 0.9995 ? "100%" : `${(100 * share).toFixed(share > 0.995 || share < 0.0995 ? 1 : 0)}%`);
+const byTouch = matchMedia("(hover: none)");
 const signed = (value) => `${value < 0 ? "\u2212" : ""}${Math.abs(value).toFixed(2)}`;
 
 /** Returns a shift in words, as "1 left, 2 down". */
@@ -106,7 +107,7 @@ function showPicture(colors) {
   else pen.rectangle(0, 0, width, height, colors.empty);
   $("picture-help").hidden = !view().layers.length || drawing;
   if (!view().layers.length) return;
-  $("picture-help").textContent = matchMedia("(hover: none)").matches
+  $("picture-help").textContent = byTouch.matches
     ? "Tap a pixel to choose the query."
     : pinned
     ? "Pinned. Click the pixel again to choose by pointing; arrow keys move it."
